@@ -1,0 +1,192 @@
+"""The one grammar of names with parameters, and the two specifications of a run.
+
+A spec is ``name[:key=value[,key=value…]]``: the first ``:`` splits, values may be quoted, lists use ``/``, and ``+`` joins
+whole method specs. `AnswerSpec` holds everything that can change an answer, and its hash names the result folder;
+`MeasureSpec` holds how something was measured, and is only recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vlmbench.errors import UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A parsed ``name:key=value,…``; values are still text."""
+
+    name: str
+    params: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        if not self.params:
+            return self.name
+        return f"{self.name}:{','.join(f'{key}={_quote(value)}' for key, value in self.params.items())}"
+
+
+def parse(text: str) -> Spec:
+    """Parse one spec. Raises `UsageError` on an empty name, a part without ``=``, or a key given twice."""
+    name, _, rest = text.strip().partition(":")
+    if not name:
+        raise UsageError(f"{text!r} has no name; write name or name:key=value,key=value.")
+    params: dict[str, str] = {}
+    for part in _split(rest, ","):
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"{part!r} in {text!r} is not key=value; write name:key=value,key=value.")
+        if key in params:
+            raise UsageError(f"{key!r} is given twice in {text!r}; give it once.")
+        params[key] = _unquote(value.strip())
+    return Spec(name, params)
+
+
+def parse_chain(text: str) -> tuple[Spec, ...]:
+    """Parse method specs joined by ``+``, in the order in which they apply."""
+    return tuple(parse(part) for part in _split(text, "+")) or (parse(text),)
+
+
+def slug(text: str) -> str:
+    """A folder name for a spec: lower-case letters, digits, ``.``, ``_``, ``-`` and ``=`` survive, all else becomes ``-``."""
+    return re.sub(r"[^a-z0-9._=-]+", "-", text.lower()).strip("-.") or "unnamed"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean 'x'?`` when something known is near, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def build(cls: type[T], spec: Spec, what: str) -> T:
+    """Make the dataclass `cls` from the text parameters of `spec`, each converted by its field's type.
+
+    Raises `UsageError` for an unknown key (with the nearest one), a value of the wrong type, and whatever range the
+    class itself checks in ``__post_init__``.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, text in spec.params.items():
+        if key not in fields:
+            keys = ", ".join(fields) or "none"
+            raise UsageError(f"{what} {spec.name!r} has no key {key!r} (its keys: {keys}).{nearest(key, fields)}")
+        values[key] = _convert(text, hints[key], f"{spec.name}:{key}")
+    return cls(**values)
+
+
+def params_of(instance: Any) -> dict[str, Any]:
+    """Every parameter of a method or suite as resolved, defaults included, ready for JSON."""
+    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+
+
+@dataclass(frozen=True)
+class AnswerSpec:
+    """Everything that can change an answer, and nothing else."""
+
+    model: str
+    revision: str | None
+    """Hub revision; None for local, shipped and random weights."""
+    weights_hash: str
+    method: str
+    method_params: Mapping[str, Any]
+    """Resolved, defaults included."""
+    suite: str
+    suite_version: str
+    suite_params: Mapping[str, Any]
+    prompt_style: str
+    frames: int | None
+    """Frames asked for; None means the suite's own number."""
+    sampler: str
+    fps: float | None
+    max_pixels: int | None
+    min_pixels: int | None
+    decoder: str
+    attention: str
+    dtype: str
+    device_type: str
+    max_new_tokens: int
+    seed: int
+
+    @property
+    def hash(self) -> str:
+        """Ten hex digits over the canonical JSON of all fields."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    @property
+    def folder(self) -> str:
+        """``suite/model/method-hash`` below the results directory."""
+        suite = slug(str(Spec(self.suite, {k: str(v) for k, v in self.suite_params.items() if v is not None})))
+        return f"{suite}/{slug(self.model)}/{slug(self.method)}-{self.hash}"
+
+
+@dataclass(frozen=True)
+class MeasureSpec:
+    """How something was measured: recorded beside the results, never hashed."""
+
+    mode: str
+    warmup: int
+    repeats: int
+    threads: int
+    device_name: str
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at `separator` outside quotes; empty parts are dropped."""
+    parts, quote, current = [], "", ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char == separator:
+            parts.append(current)
+            current = ""
+            continue
+        current += char
+    if quote:
+        raise UsageError(f"{text!r} has an opening quote {quote} that is never closed.")
+    return [part for part in (*parts, current) if part.strip()]
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"" else text
+
+
+def _quote(text: str) -> str:
+    return f'"{text}"' if any(char in text for char in ",+") else text
+
+
+def _convert(text: str, hint: Any, where: str) -> Any:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in options:
+            raise UsageError(f"{where} must be one of {', '.join(options)}, not {text!r}.{nearest(text, options)}")
+        return text
+    if typing.get_origin(hint) is tuple:
+        return tuple(_convert(part, options[0], where) for part in text.split("/") if part)
+    plain = [option for option in options if option is not type(None)]
+    if len(plain) == 1 and len(options) == 2:  # Optional[X]
+        return None if text.lower() == "none" else _convert(text, plain[0], where)
+    if hint is bool:
+        if text.lower() not in ("true", "false", "on", "off", "1", "0"):
+            raise UsageError(f"{where} must be on or off, not {text!r}.")
+        return text.lower() in ("true", "on", "1")
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            kind = "a whole number" if hint is int else "a number"
+            raise UsageError(f"{where} must be {kind}, not {text!r}.") from None
+    return text
