@@ -1,0 +1,96 @@
+"""A suite: samples with media, a prompt, and a deterministic scorer. Suites know nothing of models or methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+
+@dataclass(frozen=True)
+class Media:
+    """One video or picture file, named but perhaps not yet on disk (`Suite.materialise` puts it there)."""
+
+    kind: Literal["video", "image"]
+    path: Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about zero or more media."""
+
+    id: str
+    """Unique in the suite, stable across versions of the code."""
+    cluster: str
+    """Samples that share a video share a cluster; intervals are clustered by it."""
+    media: tuple[Media, ...]
+    question: str
+    answer: str
+    """The reference answer in the form the scorer compares with."""
+    template: str
+    """Questions of one template are alike but for their slots; `prior` answers by template."""
+    strata: Mapping[str, str] = field(default_factory=dict)
+    """Break-downs, e.g. {"length": "32", "type": "colour"}; `--limit` goes round-robin over them."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Score(NamedTuple):
+    value: float
+    """0 to 1."""
+    prediction: str | None
+    """The answer read from the text; None when nothing could be read (status `parse_fail`)."""
+
+
+class Suite(ABC):
+    """A frozen dataclass: its fields are its parameters."""
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    """Changes whenever a sample, a prompt or the scorer changes."""
+    default_model: ClassVar[str]
+    default_sampler: ClassVar[str] = "endpoints"
+    max_new_tokens: ClassVar[int] = 16
+
+    @property
+    def default_frames(self) -> int | None:
+        """Frames a video when the user names none; None means all of them."""
+        return None
+
+    @abstractmethod
+    def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
+        """All samples in their canonical order, cheap (nothing is rendered or decoded)."""
+
+    @abstractmethod
+    def materialise(self, sample: Sample) -> None:
+        """Put the sample's media on disk when they are generated; otherwise check that they are there.
+
+        Raises `OSError` or `FileNotFoundError`, which become a `decode_error` record.
+        """
+
+    def prompt(self, sample: Sample) -> str:
+        """The text that follows the media."""
+        return sample.question
+
+    @abstractmethod
+    def score(self, sample: Sample, text: str) -> Score:
+        """Deterministic; unparsable is None and 0."""
+
+
+def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+    """The first `limit` samples, round-robin over the strata, so that a small run sees every kind of question.
+
+    A larger limit always contains a smaller one: raising it resumes.
+    """
+    if limit is None or limit >= len(samples):
+        return list(samples)
+    groups: dict[tuple[tuple[str, str], ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(tuple(sorted(sample.strata.items())), []).append(sample)
+    # Each kind starts elsewhere in the suite: the first of every kind would all be questions on the first few videos.
+    turned = [
+        group[(start := i * len(group) // len(groups)) :] + group[:start] for i, group in enumerate(groups.values())
+    ]
+    order = [group[depth] for depth in range(max(map(len, turned))) for group in turned if depth < len(group)]
+    return order[:limit]
