@@ -1,0 +1,121 @@
+"""The one class that a method subclasses. Start here, then read ``methods/full.py`` and ``vlmbench/patch.py``.
+
+A method is a dataclass: its fields are its hyper-parameters, checked in ``__post_init__``. A subclass overrides what it
+changes and nothing else: the frames (`prepare_clip`), the prompt between vision and layer 0 (`prepare`), the model
+(`install`, only through the `Patcher` it is given). State of a sample lives in closures made by `install` or in the
+`Trace`; never on ``self``, never on a module. This file imports no torch: names must list fast.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, final
+
+if TYPE_CHECKING:
+    from vlmbench.layout import Prompt
+    from vlmbench.models.base import ModelAdapter, Shapes
+    from vlmbench.patch import Patcher
+    from vlmbench.suite import Sample, Suite
+    from vlmbench.trace import Trace
+    from vlmbench.video import Clip
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Where a method comes from and how far this file follows it."""
+
+    title: str
+    arxiv: str = ""
+    faithful: str = ""
+    """What is exactly as published."""
+    extension: str = ""
+    """What is ours."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What kind of method this is; tables mark rows by it."""
+
+    trained: bool = False
+    sees_vision: bool = True
+    """False: no frame reaches the model, so none is encoded."""
+    uses_model: bool = True
+    """False: answers come from `Method.answer`, the model is never called."""
+    masked: bool = False
+    """True: computes the dense amount and masks; its time says nothing about the method."""
+    stages: frozenset[str] = frozenset()
+    """Of {"frames", "vision", "prompt", "prefill", "decode"}: where it acts."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the language model did on one sample, counted from shapes and the method's own decisions."""
+
+    tokens: tuple[int, ...]
+    """Tokens that each layer processed in prefill."""
+    pairs: tuple[int, ...]
+    """Query-key pairs that each layer attended in prefill (one head)."""
+    neurons: tuple[int, ...]
+    """FFN neurons that each layer used per token."""
+
+
+class Method(ABC):
+    name: ClassVar[str]
+    cite: ClassVar[Citation]
+    traits: ClassVar[Traits] = Traits()
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Small configurations, one of them with an effect on a 3-frame prompt; the shared tests run them all."""
+        return [cls()]
+
+    @classmethod
+    def neutral(cls) -> Self | None:
+        """The setting at which the method equals full attention exactly, through its own path; None if there is none."""
+        return None
+
+    def fit(self, suite: Suite) -> None:
+        """Learn what the method needs from the suite's train split. Called once, before the first sample."""
+
+    def check(self, adapter: ModelAdapter) -> None:
+        """Raise `UsageError` when this model cannot take the method."""
+
+    def prepare_clip(self, clip: Clip) -> Clip:
+        """Change the decoded frames before the processor sees them."""
+        return clip
+
+    def install(self, patch: Patcher, trace: Trace) -> None:
+        """Register hooks and attention through `patch`. `trace` is reset by the engine before each sample."""
+
+    def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
+        """Change the prompt after vision and before layer 0. Set ``trace.inactive(reason)`` when there is nothing to do."""
+        return prompt
+
+    def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
+        """Counted work of this sample's prefill; the default is causal attention over the prepared prompt."""
+        n = prompt.length
+        layers = shapes.layers
+        return Work((n,) * layers, (n * (n + 1) // 2,) * layers, (shapes.intermediate,) * layers)
+
+    def answer(self, sample: Sample) -> str:
+        """The answer of a method that never calls the model (`Traits.uses_model` False)."""
+        raise NotImplementedError(f"{type(self).__name__} answers through the model")
+
+    def fitted(self) -> dict[str, Any]:
+        """What `fit` learned, as far as it can change an answer: part of the result folder's hash."""
+        return {}
+
+    @final
+    @contextmanager
+    def attach(self, adapter: ModelAdapter) -> Iterator[Trace]:
+        """Install on the model; leaving, also by an exception, undoes every change in reverse order."""
+        from vlmbench.patch import Patcher  # torch only when a model is there
+        from vlmbench.trace import Trace
+
+        trace = Trace()
+        with Patcher(adapter) as patch:
+            self.install(patch, trace)
+            yield trace

@@ -1,0 +1,42 @@
+"""Closed-form FLOPs of a prefill, from the model's shapes and the method's counted work."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmbench.method import Work
+    from vlmbench.models.base import Shapes
+
+FORMULA = (
+    "language-model prefill, multiply-add = 2 FLOPs; per layer: tokens · 2 · (hidden · head_dim · (2·heads + 2·kv_heads) "
+    "+ 3 · hidden · neurons) + pairs · 4 · heads · head_dim; plus 2 · hidden · vocabulary for the last position"
+)
+"""Printed under every table with a FLOPs column: published figures differ by what they count."""
+
+
+def attention_flops(work: Work, shapes: Shapes) -> int:
+    """Scores and weighted sums only."""
+    return sum(work.pairs) * 4 * shapes.heads * shapes.head_dim
+
+
+def flops(work: Work, shapes: Shapes) -> int:
+    """By `FORMULA`. No tokens at all cost nothing, not even the head."""
+    projections = shapes.hidden * shapes.head_dim * 2 * (shapes.heads + shapes.kv_heads)
+    dense = sum(
+        tokens * 2 * (projections + 3 * shapes.hidden * neurons)
+        for tokens, neurons in zip(work.tokens, work.neurons, strict=True)
+    )
+    head = 2 * shapes.hidden * shapes.vocab if any(work.tokens) else 0
+    return dense + attention_flops(work, shapes) + head
+
+
+def to_json(work: Work, shapes: Shapes) -> dict[str, Any]:
+    """The `work` field of a sample record."""
+    return {
+        "tokens": list(work.tokens),
+        "pairs": list(work.pairs),
+        "neurons": list(work.neurons),
+        "flops": flops(work, shapes),
+        "attention_flops": attention_flops(work, shapes),
+    }
