@@ -1,0 +1,162 @@
+"""Qwen2-VL and Qwen2.5-VL: own vision tower with 2×2 merging, M-RoPE language model.
+
+A temporal unit is two sampled frames. Outside flash attention the stock tower attends to every frame or window in a
+Python loop; here chunks of equal length go through one batched call, for all methods alike, so that the dense vision
+time is no straw man.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, eager_attention_forward
+
+from vlmbench.layout import Prompt, Span, TokenLayout
+from vlmbench.models.base import Features, Inputs, ModelAdapter, runs_of, scatter, text_between
+
+
+class QwenVL(ModelAdapter):
+    name: ClassVar[str] = "qwen_vl"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    fixed_resolution: ClassVar[bool] = False
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        super().__init__(model, processor)
+        plans = _ChunkPlans()
+        for block in self.model.model.visual.blocks:
+            block.attn.forward = _batched_forward(block.attn, plans)
+
+    @property
+    def vision_blocks(self) -> Sequence[nn.Module]:
+        return self.model.model.visual.blocks
+
+    @property
+    def vision_config(self) -> Any:
+        return self.model.model.visual.config
+
+    @property
+    def eager_attention(self) -> Callable[..., Any]:
+        return eager_attention_forward
+
+    def _vision_model(self) -> Any:
+        return self.model.model.visual
+
+    def encode_vision(self, inputs: Inputs) -> Features:
+        core = self.model.model
+        image = video = None
+        if "pixel_values" in inputs:
+            image = torch.cat(
+                core.get_image_features(
+                    inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
+                ).pooler_output
+            )
+        if "pixel_values_videos" in inputs:
+            video = torch.cat(
+                core.get_video_features(
+                    inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+                ).pooler_output
+            )
+        return Features(image, video)
+
+    def splice(self, inputs: Inputs, features: Features) -> Prompt:
+        ids = inputs["input_ids"]
+        images, videos = ids == self.config.image_token_id, ids == self.config.video_token_id
+        embeds = self.model.get_input_embeddings()(ids)
+        embeds = scatter(scatter(embeds, images, features.image), videos, features.video)
+        # Explicit positions: `model.rope_deltas`, which the stock forward leaves behind, would survive into the next sample.
+        options = {}
+        if self.config.model_type == "qwen2_5_vl":
+            options["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
+        positions, _ = self.model.model.get_rope_index(
+            ids,
+            images.int() + 2 * videos.int(),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+            **options,
+        )
+        layout = self._layout(images[0], videos[0], inputs)
+        return Prompt(embeds, positions, layout, next_position=int(positions.max()) + 1)
+
+    def decode_positions(self, position: int) -> Tensor:
+        return torch.full((3, 1, 1), position, device=self.device)
+
+    def _layout(self, images: Tensor, videos: Tensor, inputs: Inputs) -> TokenLayout:
+        grids = {kind: inputs.get(f"{kind}_grid_thw") for kind in ("image", "video")}
+        queue = {kind: [] if grid is None else grid.tolist() for kind, grid in grids.items()}
+        merge = self.vision_config.spatial_merge_size
+        spans: list[Span] = []
+        # Every medium stands between its own vision-start and vision-end tokens, so runs are whole media.
+        for media, (start, _) in enumerate(runs_of(images | videos)):
+            kind = "video" if bool(videos[start]) else "image"
+            units, height, width = queue[kind].pop(0)
+            grid = (height // merge, width // merge)
+            per_unit = grid[0] * grid[1]
+            for unit in range(units):
+                first = start + unit * per_unit
+                spans.append(Span(kind, first, first + per_unit, media, unit, grid))  # type: ignore[arg-type]
+        return TokenLayout(text_between(spans, images.shape[0]))
+
+
+class _Chunks(NamedTuple):
+    order: Tensor
+    """int64 ``[n_chunks, length]``: token indices of every chunk of one length."""
+
+
+class _ChunkPlans:
+    """Groups of equal chunks for the last two `cu_seqlens` seen (frames and windows), found by identity."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, list[_Chunks]]] = []
+
+    def of(self, cu_seqlens: Tensor) -> list[_Chunks]:
+        for tensor, plan in self._known:
+            if tensor is cu_seqlens:
+                return plan
+        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        plan = [
+            _Chunks(starts[lengths == length][:, None] + torch.arange(int(length), device=cu_seqlens.device))
+            for length in lengths.unique().tolist()
+            if length
+        ]
+        self._known = [*self._known[-1:], (cu_seqlens, plan)]
+        return plan
+
+
+def _batched_forward(attention: Any, plans: _ChunkPlans) -> Callable[..., Tensor]:
+    """The stock forward with its loop over chunks replaced by one call for each distinct chunk length."""
+    stock = attention.forward
+
+    def forward(
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
+        name = attention.config._attn_implementation
+        if "flash" in name:  # variable-length kernels take all chunks at once already
+            return stock(hidden_states, cu_seqlens=cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+        kwargs.pop("max_seqlen", None)
+        attend = eager_attention_forward if name == "eager" else AttentionInterface()[name]
+        n = hidden_states.shape[0]
+        q, k, v = attention.qkv(hidden_states).reshape(n, 3, attention.num_heads, -1).unbind(1)  # each [N, H, D]
+        q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
+        out = torch.empty_like(v)
+        for chunk in plans.of(cu_seqlens):
+            batch = [tensor[chunk.order].transpose(1, 2) for tensor in (q, k, v)]  # each [chunks, H, length, D]
+            mixed, _ = attend(
+                attention,
+                *batch,
+                attention_mask=None,
+                scaling=attention.scaling,
+                dropout=0.0,
+                is_causal=False,
+                **kwargs,
+            )
+            out[chunk.order] = mixed.to(out.dtype)  # [chunks, length, H, D]
+        return attention.proj(out.reshape(n, -1))
+
+    return forward
