@@ -1,0 +1,135 @@
+"""Block attention and its planner: the visibility rule, and that nothing is lost or invented."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from vlmbench.kernels.block_attention import Plan, block_attention, make_plan
+
+
+@st.composite
+def planned(draw: Any) -> tuple[list[tuple[int, int]], int, Plan | None, dict[str, Any]]:
+    """Units of 1 to 4 tokens behind `p` prefix tokens and before `u` suffix tokens, and a plan over them."""
+    prefix, suffix = draw(st.integers(0, 5)), draw(st.integers(1, 5))
+    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=12))
+    units, cursor = [], prefix
+    for size in sizes:
+        units.append((cursor, cursor + size))
+        cursor += size
+    options = {
+        "sink": draw(st.integers(0, 14)),
+        "block": draw(st.integers(1, 14)),
+        "remainder": draw(st.sampled_from(["tail", "head"])),
+    }
+    length = cursor + suffix
+    return units, length, make_plan(units, length, **options), options
+
+
+@given(planned())
+def test_regions_partition_the_prompt_on_unit_edges(case: Any) -> None:
+    units, length, plan, options = case
+    if plan is None:
+        assert options["sink"] >= len(units)
+        return
+    edges = {unit[0] for unit in units} | {units[-1][1]}
+    cursor = plan.sink
+    for start, stop in plan.blocks:
+        assert start == cursor < stop
+        assert {start, stop} <= edges
+        cursor = stop
+    assert plan.tail == cursor <= units[-1][1] < length  # no suffix token in a block, and a tail that is never empty
+    assert plan.sink == units[options["sink"]][0]
+    if options["remainder"] == "head":
+        assert plan.tail == units[-1][1]
+
+
+@given(planned())
+def test_the_mask_is_the_rule_and_the_pair_count_is_its_sum(case: Any) -> None:
+    _, length, plan, _ = case
+    if plan is None:
+        return
+    region = [0] * plan.sink + [k + 1 for k, (a, b) in enumerate(plan.blocks) for _ in range(a, b)]
+    region += [-1] * (length - plan.tail)
+    for i in range(length):
+        for j in range(length):
+            allowed = j <= i and (region[i] == -1 or region[j] == 0 or region[i] == region[j])
+            assert bool(plan.allow[i, j]) == allowed
+    assert plan.pairs == int(plan.allow.sum())
+
+
+def three_passes(q: Any, k: Any, v: Any, plan: Plan) -> Any:
+    """The paper's procedure: sink alone, each block behind a copy of the sink's keys, then the tail over everything."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+
+    def part(start: int, stop: int, keys: list[int]) -> Any:
+        columns = torch.tensor(keys, dtype=torch.long)
+        rows = torch.arange(start, stop)
+        return functional.scaled_dot_product_attention(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns], attn_mask=columns[None] <= rows[:, None]
+        )
+
+    sink = list(range(plan.sink))
+    out = [part(0, plan.sink, sink)] if sink else []
+    out += [part(a, b, [*sink, *range(a, b)]) for a, b in plan.blocks]
+    out.append(part(plan.tail, plan.length, list(range(plan.length))))
+    return torch.cat(out, dim=2)
+
+
+@given(planned())
+def test_one_masked_pass_equals_the_three_passes(case: Any) -> None:
+    _, length, plan, _ = case
+    if plan is None:
+        return
+    q, k, v = (
+        torch.randn(1, h, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(h)) for h in (4, 2, 2)
+    )
+    # float64: the two only differ in the order of sums.
+    torch.testing.assert_close(block_attention(q, k, v, plan), three_passes(q, k, v, plan), rtol=0, atol=1e-12)
+
+
+def test_noise_in_one_block_reaches_the_tail_and_nothing_else() -> None:
+    plan = make_plan([(2 + 3 * i, 5 + 3 * i) for i in range(6)], 24, sink=1, block=2, remainder="tail")
+    assert plan is not None
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 24, 4) for _ in range(3))
+    before = block_attention(q, k, v, plan)
+    start, stop = plan.blocks[1]
+    noise = torch.zeros(24, 1)
+    noise[start:stop] = 1
+    changed = (block_attention(q + noise, k + noise, v + noise, plan) != before).any(-1).any(1)[0]
+    inside = torch.zeros(24, dtype=torch.bool)
+    inside[start:stop] = inside[plan.tail :] = True
+    assert torch.equal(changed, inside)
+
+
+def test_one_block_is_causal_attention() -> None:
+    plan = make_plan([(i, i + 1) for i in range(3, 9)], 12, sink=0, block=99, remainder="tail")
+    assert plan is not None
+    assert torch.equal(plan.allow, torch.ones(12, 12, dtype=torch.bool).tril())
+
+
+def test_doubling_the_video_at_most_doubles_the_pairs() -> None:
+    sink, block, per = 2, 4, 5
+    for frames in (8 * (sink + block), 16 * (sink + block)):
+        pairs = []
+        for t in (frames, 2 * frames):
+            units = [(3 + per * i, 3 + per * (i + 1)) for i in range(t)]
+            plan = make_plan(units, 3 + per * t + 7, sink=sink, block=block)
+            assert plan is not None
+            pairs.append(plan.pairs)
+        assert pairs[1] <= 2.1 * pairs[0]
+
+
+def test_lengths_that_do_not_fit_the_plan_are_refused() -> None:
+    plan = make_plan([(0, 2), (2, 4)], 5, sink=0, block=1)
+    assert plan is not None
+    q = torch.zeros(1, 1, 6, 2)
+    with pytest.raises(ValueError, match="for 5 tokens"):
+        block_attention(q, q, q, plan)

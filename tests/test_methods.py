@@ -1,0 +1,187 @@
+"""The contract that every method keeps on every family; a new method's file is picked up by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vlmbench import registry
+from vlmbench.cache import lengths
+from vlmbench.engine import generate
+from vlmbench.errors import UsageError
+from vlmbench.method import Method
+from vlmbench.patch import fingerprint
+from vlmbench.trace import Trace
+
+STEPS = 4
+SDPA = "scaled_dot_product_attention"
+METHODS = [registry.methods.load(name) for name in registry.methods.names()]
+METHODS_BY_NAME = {cls.name: cls for cls in METHODS}
+EXAMPLES = [example for cls in METHODS if cls.traits.uses_model for example in cls.examples()]
+ACTING = [example for example in EXAMPLES if example.name != "full"]
+NEUTRAL = [neutral for cls in METHODS if cls.traits.uses_model and (neutral := cls.neutral()) is not None]
+
+
+def run(
+    adapter: Any, method: Method, clips: list[Any], question: str = "where is the red circle ?"
+) -> tuple[Any, Trace]:
+    """One greedy answer of a fixed number of tokens, with the trace that it left."""
+    method.check(adapter)
+    with method.attach(adapter) as trace:
+        done = generate(
+            adapter, method, trace, clips, question, max_new_tokens=STEPS, stop_at_eos=False, sample_id="sample"
+        )
+    return done, trace
+
+
+@pytest.fixture(params=[repr(example) for example in EXAMPLES])
+def method(request: pytest.FixtureRequest) -> Method:
+    return next(example for example in EXAMPLES if repr(example) == request.param)
+
+
+def test_leaving_restores_the_model_bit_for_bit(adapter: Any, clip: Any, method: Method) -> None:
+    full = METHODS_BY_NAME["full"]()
+    before_run, _ = run(adapter, full, [clip(6)])  # a first pass: some families install permanent hooks then
+    before = fingerprint(adapter.model)
+    run(adapter, method, [clip(6)])
+    assert fingerprint(adapter.model) == before
+    again, _ = run(adapter, full, [clip(6)])
+    assert torch.equal(before_run.first_logits, again.first_logits)
+
+
+def test_leaving_by_an_exception_restores_too(adapter: Any, clip: Any, method: Method) -> None:
+    run(adapter, METHODS_BY_NAME["full"](), [clip(6)])
+    before = fingerprint(adapter.model)
+    with pytest.raises(KeyError), method.attach(adapter):
+        raise KeyError
+    assert fingerprint(adapter.model) == before
+
+
+@pytest.mark.parametrize("neutral", NEUTRAL, ids=repr)
+def test_neutral_setting_equals_full_through_the_methods_own_path(adapter: Any, clip: Any, neutral: Method) -> None:
+    full, _ = run(adapter, METHODS_BY_NAME["full"](), [clip(6)])
+    done, _ = run(adapter, neutral, [clip(6)])
+    # The same sums in another order: float32 rounding of a four-layer model.
+    torch.testing.assert_close(done.first_logits, full.first_logits, rtol=0, atol=1e-5)
+    assert done.token_ids == full.token_ids
+
+
+@pytest.mark.parametrize("acting", ACTING, ids=repr)
+def test_any_other_setting_changes_something_and_says_so(adapter: Any, clip: Any, acting: Method) -> None:
+    full, _ = run(adapter, METHODS_BY_NAME["full"](), [clip(6)])
+    done, trace = run(adapter, acting, [clip(6)])
+    assert trace.applied
+    assert not torch.equal(done.first_logits, full.first_logits)
+
+
+def test_the_same_sample_gives_the_same_answer_twice(adapter: Any, clip: Any, method: Method) -> None:
+    first, _ = run(adapter, method, [clip(6)])
+    second, _ = run(adapter, method, [clip(6)])
+    assert torch.equal(first.first_logits, second.first_logits)
+    assert first.token_ids == second.token_ids
+
+
+def test_one_attached_method_carries_nothing_from_sample_to_sample(adapter: Any, clip: Any, method: Method) -> None:
+    alone, _ = run(adapter, method, [clip(4)])
+    with method.attach(adapter) as trace:
+        for frames in (6, 4):
+            done = generate(
+                adapter,
+                method,
+                trace,
+                [clip(frames)],
+                "where is the red circle ?",
+                max_new_tokens=STEPS,
+                stop_at_eos=False,
+                sample_id="sample",
+            )
+    assert torch.equal(alone.first_logits, done.first_logits)
+
+
+def test_cache_counts_every_token_and_keeps_the_last(adapter: Any, clip: Any, method: Method) -> None:
+    done, _ = run(adapter, method, [clip(6)])
+    logical, physical = lengths(done.cache)
+    # The last generated token is never fed back, so it is in no cache.
+    assert set(logical) == {done.prompt.length + STEPS - 1}
+    assert all(held <= seen for held, seen in zip(physical, logical, strict=True))
+    whole, _ = run(adapter, METHODS_BY_NAME["full"](), [clip(6)])
+    assert torch.equal(done.prompt.embeds[0, -1], whole.prompt.embeds[0, -1])
+
+
+def test_dropping_tokens_never_moves_the_answer(adapter: Any, clip: Any, method: Method) -> None:
+    done, _ = run(adapter, method, [clip(6)])
+    assert done.prompt.next_position == int(done.prompt.positions.max()) + 1
+
+
+def test_a_prompt_without_pictures_is_answered_as_by_full_and_marked(adapter: Any, method: Method) -> None:
+    full, _ = run(adapter, METHODS_BY_NAME["full"](), [])
+    done, trace = run(adapter, method, [])
+    assert torch.equal(done.first_logits, full.first_logits)
+    if method.name not in ("full", "downsample"):  # these act on what is not there, or not at all
+        assert not trace.applied
+        assert trace.reason
+
+
+@pytest.mark.parametrize("media", [["image"], ["video", "video"], ["image", "video"]], ids="+".join)
+def test_every_mix_of_media_runs(adapter: Any, clip: Any, method: Method, media: list[str]) -> None:
+    clips = [clip(1, "image") if kind == "image" else clip(4 + 2 * i) for i, kind in enumerate(media)]
+    done, _ = run(adapter, method, clips)
+    assert len(done.token_ids) == STEPS
+    assert done.prompt.layout.length == done.prompt.length
+
+
+def test_work_equals_what_hooks_counted(
+    adapter: Any, clip: Any, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []
+    neurons: list[int] = []
+    pairs: list[int] = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def counting(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
+        if q.shape[2] > 1:
+            n, m = q.shape[2], k.shape[2]
+            causal = options.get("is_causal", False)
+            pairs.append(int(attn_mask.sum()) if attn_mask is not None else n * (n + 1) // 2 if causal else n * m)
+        return attend(q, k, v, attn_mask=attn_mask, **options)
+
+    def layer_sees(module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.shape[1] > 1:
+            tokens.append(hidden.shape[1])
+
+    def ffn_sees(module: nn.Module, args: Any) -> None:
+        if args[0].shape[1] > 1:
+            neurons.append(args[0].shape[2])
+
+    with method.attach(adapter) as trace:
+        handles = [layer.register_forward_pre_hook(layer_sees, with_kwargs=True) for layer in adapter.layers]
+        handles += [layer.mlp.down_proj.register_forward_pre_hook(ffn_sees) for layer in adapter.layers]
+        # The tower attends too: count only from prefill on.
+        monkeypatch.setattr(
+            adapter, "prefill", _then(lambda: monkeypatch.setattr(nn.functional, SDPA, counting), adapter.prefill)
+        )
+        done = generate(adapter, method, trace, [clip(6)], "where ?", max_new_tokens=2, stop_at_eos=False)
+        for handle in handles:
+            handle.remove()
+        work = method.work(done.prompt, adapter.shapes, trace)
+    assert (list(work.tokens), list(work.pairs), list(work.neurons)) == (tokens, pairs, neurons)
+
+
+def _then(first: Any, second: Any) -> Any:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        first()
+        return second(*args, **kwargs)
+
+    return both
+
+
+def test_unusable_parameters_are_refused_in_one_sentence() -> None:
+    from vlmbench.runner import make_methods
+
+    for spec in ("uniform:ratio=0", "random:ratio=1.5", "uniform:tokens=0", "pevlm:block=0", "pevlm:sink=-1"):
+        with pytest.raises(UsageError, match=spec.split("=")[0]):
+            make_methods([spec])
