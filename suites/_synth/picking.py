@@ -1,0 +1,37 @@
+"""Which questions are put to which scene, so that every type comes about equally often."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vlmbench.suites._synth.questions import Question
+    from vlmbench.suites._synth.scene import Scene
+
+
+def pick(scenes: Sequence[Scene], k: int, types: Sequence[str]) -> list[list[Question]]:
+    """Up to `k` questions on each scene: of the types that it allows, those asked least so far. Deterministic."""
+    import numpy as np
+
+    from vlmbench.suites._synth.questions import questions
+
+    asked: Counter[str] = Counter()
+    picked = []
+    for scene in scenes:
+        rng = np.random.Generator(np.random.PCG64([scene.seed, scene.n_frames, 4]))
+        allowed: dict[str, list[Question]] = {kind: [] for kind in types}
+        for question in questions(scene, rng):
+            if question.type in allowed:
+                allowed[question.type].append(question)
+        chosen: list[Question] = []
+        while len(chosen) < k and (left := [kind for kind in types if allowed[kind]]):
+            # Among the types asked least a random one, so that no type always meets the same kind of scene.
+            fewest = min(asked[kind] for kind in left)
+            level = [kind for kind in left if asked[kind] == fewest]
+            kind = level[int(rng.integers(len(level)))]
+            chosen.append(allowed[kind].pop(int(rng.integers(len(allowed[kind])))))
+            asked[kind] += 1
+        picked.append(chosen)
+    return picked

@@ -1,0 +1,136 @@
+"""The process that decodes videos: a broken file may hang or crash it, and nothing else.
+
+``python -m vlmbench.decode_worker`` reads length-prefixed pickled requests on stdin and answers each on stdout. It imports
+neither torch nor transformers, ignores Ctrl-C, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import pickle
+import re
+import resource
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vlmbench.sampling import sample_indices
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MEMORY_BYTES = 16 * 2**30
+"""Address space of the worker: a video that claims a gigantic frame fails instead of taking the machine along."""
+LENGTH = struct.Struct("<Q")
+
+
+class Request(NamedTuple):
+    path: str
+    decoder: str
+    rule: str
+    frames: int | None
+    fps: float | None
+
+
+class Decoded(NamedTuple):
+    frames: np.ndarray
+    """uint8 ``[T, H, W, 3]``, upright."""
+    indices: list[int]
+    times_s: list[float]
+    fps: float
+
+
+def decode(request: Request) -> Decoded:
+    """Decode the frames that the rule picks. Raises whatever the decoder raises."""
+    return _decord(request) if request.decoder == "decord" else _pyav(request)
+
+
+def _decord(request: Request) -> Decoded:
+    import decord
+
+    reader = decord.VideoReader(request.path, num_threads=1)
+    fps = float(reader.get_avg_fps())
+    indices = _picked(request, len(reader), fps)
+    frames = reader.get_batch(indices).asnumpy()
+    times = reader.get_frame_timestamp(indices)[:, 0]
+    return Decoded(frames, indices, [float(time) for time in times], fps)
+
+
+def _pyav(request: Request) -> Decoded:
+    import av
+    import numpy as np
+
+    with av.open(request.path) as container:
+        stream = _best(container)
+        fps = float(stream.average_rate or stream.guessed_rate or 1)
+        # The frame count in the header may be absent or wrong; packets are counted without decoding them.
+        total = sum(1 for packet in container.demux(stream) if packet.size)
+        indices = _picked(request, total, fps)
+    found: dict[int, Any] = {}
+    times: dict[int, float] = {}
+    wanted = set(indices)
+    with av.open(request.path) as container:
+        stream = _best(container)
+        stream.thread_type = "SLICE"  # automatic frame threads can hang when decoding stops early
+        for index, frame in enumerate(container.decode(stream)):
+            if index in wanted:
+                image = frame.to_ndarray(format="rgb24")
+                # Display matrices turn counter-clockwise, as np.rot90 does.
+                found[index] = np.rot90(image, k=round(frame.rotation / 90) % 4)
+                times[index] = float(frame.time if frame.time is not None else index / fps)
+                if len(found) == len(wanted):
+                    break
+    if len(found) < len(wanted):
+        raise ValueError(f"only {max(found, default=-1) + 1} of its {total} frames can be decoded")
+    return Decoded(np.stack([found[i] for i in indices]), indices, [times[i] for i in indices], fps)
+
+
+def _best(container: Any) -> Any:
+    """The video stream that FFmpeg takes for the main one, as decord does."""
+    stream = container.streams.best("video")
+    if stream is None:
+        raise ValueError("it has no video stream")
+    return stream
+
+
+def _picked(request: Request, total: int, fps: float) -> list[int]:
+    return sample_indices(request.rule, total, request.frames, video_fps=fps or 1.0, fps=request.fps)
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError, AttributeError):  # Linux: be killed when the parent dies, even inside a decoder
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a decoder prints must not get between the answers
+    while header := sys.stdin.buffer.read(LENGTH.size):
+        request = pickle.loads(sys.stdin.buffer.read(LENGTH.unpack(header)[0]))  # noqa: S301 (our own parent)
+        try:
+            answer: tuple[object, ...] | str = tuple(decode(request))  # plain: this module is `__main__` here
+        except Exception as error:
+            answer = _reason(request.path, error)
+        data = pickle.dumps(answer, protocol=5)
+        out.write(LENGTH.pack(len(data)) + data)
+        out.flush()
+
+
+def _reason(path: str, error: Exception) -> str:
+    """The decoder's own words without stack traces and source positions."""
+    if not Path(path).exists():
+        return "the file is missing"
+    if Path(path).is_file() and not Path(path).stat().st_size:
+        return "the file is empty"
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # Not the user's concern: a time, an errno, and where in the decoder's source it happened.
+    first = re.sub(r"^(\[[^\]]*\]\s*)?(\S+:\d+:\s*)?", "", first)
+    return first.replace(path, "the file").strip(" .")[:200]
+
+
+if __name__ == "__main__":
+    main()
