@@ -1,0 +1,248 @@
+"""The command line. Every heavy import is inside the command that needs it, so that help and listing stay instant.
+
+A command returns its exit code; what goes wrong is turned into one sentence and a code in `main`, in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from vlmbench import __version__
+from vlmbench.errors import RunError, UsageError
+
+DEMO_METHODS = ("pevlm", "uniform:ratio=0.5", "random:ratio=0.5", "blind", "prior")
+DEMO_SUITE = "synthvideo:length=32"
+DEMO_LIMIT = 24
+
+app = typer.Typer(
+    help="Compare acceleration methods for vision-language models on the same samples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help: rich alone would double its cost
+    pretty_exceptions_enable=False,
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an `Exception`, so that no sample's error handling takes it for a failed sample."""
+
+
+class Kind(StrEnum):
+    methods = "methods"
+    suites = "suites"
+    models = "models"
+
+
+class Listing(StrEnum):
+    text = "text"
+    json = "json"
+
+
+class TableFormat(StrEnum):
+    md = "md"
+    csv = "csv"
+    json = "json"
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="SPEC", help="Repeat to compare; + joins into one.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: synthvideo.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Samples, taken evenly over lengths and types. Default: all.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames a video. Default: the suite's own.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames a second, at most --frames of them.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="RULE", help="How frames are picked. Default: the suite's.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest frame in pixels. Default: the model's.")] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="Smallest frame in pixels. Default: the model's.")] = None,
+    mode: Annotated[str, typer.Option(help="accuracy, latency, memory or all.")] = "all",
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash or best.")] = "sdpa",
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. Default: the suite's.")] = None,
+    warmup: Annotated[int, typer.Option(help="Latency rounds before the first that counts.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Latency rounds that count.")] = 3,
+    timed: Annotated[int, typer.Option(help="Videos that latency and memory are measured on.")] = 8,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the weights.")] = None,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    out: Annotated[Path, typer.Option(help="Results folder; a run found there is resumed.")] = Path("runs"),
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie.")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Run with the data that is there.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop stored records of this run first.")] = False,
+    no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Leave full attention out.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when a sample failed.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Run methods on a suite and print the comparison. Without a model, method and suite: the demo."""
+    from vlmbench.progress import Progress
+    from vlmbench.request import RunRequest
+    from vlmbench.runner import run as start
+
+    demo = model is None and not method and suite is None
+    request = RunRequest(
+        model=model,
+        methods=DEMO_METHODS if demo else tuple(method or ()),
+        suite=DEMO_SUITE if demo else suite or "synthvideo",
+        limit=DEMO_LIMIT if demo and limit is None else limit,
+        frames=frames,
+        fps=fps,
+        sampler=sampler,
+        max_pixels=max_pixels,
+        min_pixels=min_pixels,
+        mode=mode,
+        attention=attention,
+        max_new_tokens=max_new_tokens,
+        warmup=warmup,
+        repeats=repeats,
+        timed=timed,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        seed=seed,
+        out=out,
+        data_root=data_root,
+        allow_partial=allow_partial,
+        offline=offline,
+        fresh=fresh,
+        baseline=not no_baseline,
+        strict=strict,
+        debug=debug,
+    )
+    with Progress() as progress:
+        return start(request, progress)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind | None, typer.Argument(help="Default: all three.")] = None,
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+) -> int:
+    """Name the methods, suites and models that are there."""
+    rows = [row for each in ([kind] if kind else Kind) for row in _names(each)]
+    if format is Listing.json:
+        _print_rows(rows)
+        return 0
+    width = max(len(row["name"]) for row in rows) if rows else 0
+    heading = None
+    for row in rows:
+        if row["kind"] != heading and kind is None:
+            print(f"{row['kind']}s")
+        heading = row["kind"]
+        print(f"  {row['name']:<{width}}  {row['summary']}".rstrip())
+    return 0
+
+
+@app.command()
+def table(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")],
+    format: Annotated[TableFormat, typer.Option(help="md for people, csv or json for programs.")] = TableFormat.md,
+) -> int:
+    """Print the comparison that a results folder holds."""
+    from vlmbench import report
+
+    rows = report.rows(folder)
+    writer = {"md": report.to_markdown, "csv": report.to_csv, "json": report.to_json}[format]
+    print(writer(rows).rstrip("\n"))
+    return 0
+
+
+@app.command()
+def rescore(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")]) -> int:
+    """Score stored answers again, with no model."""
+    from vlmbench import report
+
+    print(report.rescore(folder))
+    return 0
+
+
+@app.command()
+def doctor(
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+    out: Annotated[Path, typer.Option(help="Results folder whose disk is looked at.")] = Path("runs"),
+) -> int:
+    """Show what works on this machine."""
+    from vlmbench import doctor as checks
+
+    rows = checks.rows(out)
+    if format is Listing.json:
+        _print_rows(rows)
+    else:
+        print(checks.to_text(rows))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return int(app(args, prog_name="vlmbench", standalone_mode=False) or 0)
+    except UsageError as error:
+        return _fail(error, str(error), 2, args)
+    except RunError as error:
+        return _fail(error, str(error), 1, args)
+    except (typer.Abort, KeyboardInterrupt) as error:  # typer turns Ctrl-C into Abort
+        return _fail(error, "Stopped; the same command goes on from here.", 130, args)
+    except Terminated as error:
+        return _fail(error, "Terminated; the same command goes on from here.", 143, args)
+    except Exception as error:
+        if hasattr(error, "show"):  # typer's own: an unknown command, option or value
+            error.show()
+            return 2
+        return _fail(error, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}", 1, args)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _fail(error: BaseException, sentence: str, code: int, args: list[str]) -> int:
+    if "--debug" in args:
+        traceback.print_exception(error)
+    print(f"Error: {sentence}", file=sys.stderr)
+    return code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _names(kind: Kind) -> Iterable[dict[str, str]]:
+    if kind is Kind.models:
+        from vlmbench.models import catalogue
+
+        pairs = catalogue.names()
+    else:
+        from vlmbench import registry
+
+        known = {Kind.methods: registry.methods, Kind.suites: registry.suites}[kind]
+        pairs = [(name, known.summary(name)) for name in known.names()]
+    return [{"kind": kind.removesuffix("s"), "name": name, "summary": summary} for name, summary in pairs]
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    print(json.dumps({"schema": 1, "rows": rows}, indent=1, ensure_ascii=False))

@@ -1,0 +1,195 @@
+"""How a table of results is written: Markdown for people, CSV and JSON, unrounded, for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from vlmbench.record import SCHEMA
+from vlmbench.work import FORMULA
+
+if TYPE_CHECKING:
+    from vlmbench.store import Run, RunView
+
+Row = Mapping[str, Any]
+
+SPANS = ("vision", "prefill", "ttft", "decode", "e2e")
+"""Parts of a sample's time that have a speed-up; "decode" always means tokens, never video."""
+
+COLUMNS: tuple[str, ...] = (
+    *("model", "suite", "method", "params", "baseline"),
+    *("n", "n_failed", "n_paired", "n_inactive", "frames", "n_visual_tokens"),
+    *("accuracy", "accuracy_low", "accuracy_high"),
+    *("accuracy_delta", "accuracy_delta_low", "accuracy_delta_high", "agreement"),
+    *("video_s", "preprocess_s", "vision_s", "prepare_s", "prefill_s", "ttft_s", "decode_s_per_token", "e2e_s"),
+    *(f"speedup_{span}{part}" for span in SPANS for part in ("", "_low", "_high", "_same_kernel")),
+    *("amdahl_prefill", "amdahl_e2e"),
+    *("peak_bytes", "peak_extra_bytes", "kv_bytes", "flops"),
+    *("device", "dtype", "attention_kernel", "vision_attention_kernel", "marks"),
+)
+"""Contract §4, in its order. A value that is not known is None: an empty cell in CSV, null in JSON, — in Markdown."""
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of a table, and what has to stand under it."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), notes: Sequence[str] = ()) -> None:
+        super().__init__(rows)
+        self.notes = tuple(notes)
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """``{"schema": 1, "rows": […]}`` with every column."""
+    return json.dumps({"schema": SCHEMA, "rows": [dict(row) for row in rows]}, indent=1, allow_nan=False) + "\n"
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Every column, unrounded; `marks` are separated by blanks."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "marks": " ".join(row["marks"])} for row in rows)
+    return out.getvalue()
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """One table for each model and suite, rounded, without empty columns; `Rows.notes` stand below."""
+    parts = []
+    for (model, suite), group in groupby(rows, key=lambda row: (row["model"], row["suite"])):
+        parts += [f"**{model}** on **{suite}**", _markdown_table(list(group))]
+    if not rows:
+        parts.append("No results.")
+    if below := getattr(rows, "notes", ()):
+        parts.append("\n".join(f"- {note}" for note in below))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[Row]) -> str:
+    lines: list[list[str]] = []
+    for name, show in _READABLE:
+        cells = [show(row) for row in rows]
+        if len(set(cells)) > 1 if name in _WHEN_DIFFERENT else set(cells) != {NOTHING}:
+            lines.append([name, "---:" if lines else "---", *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*lines, strict=True))
+
+
+NOTHING = "—"
+
+
+def _number(row: Row, name: str, form: str, scale: float = 1.0) -> str:
+    return NOTHING if row[name] is None else format(row[name] / scale if scale != 1.0 else row[name], form)
+
+
+def _interval(row: Row, name: str, form: str, unit: str = "") -> str:
+    """``value [low, high]``, or the value alone when there was too little data for an interval."""
+    if row[name] is None:
+        return NOTHING
+    value, low, high = (row[name + part] for part in ("", "_low", "_high"))
+    shown = f"{value:{form}}{unit}"
+    return shown if low is None else f"{shown} [{low:{form}}, {high:{form}}]"
+
+
+def _speedup(span: str) -> Callable[[Row], str]:
+    def show(row: Row) -> str:
+        shown = _interval(row, f"speedup_{span}", ".2f", "×")
+        bound = row.get(f"amdahl_{span}")
+        return shown if shown == NOTHING or bound is None else f"{shown} of at most {bound:.2f}×"
+
+    return show
+
+
+def _method(row: Row) -> str:
+    text = f"{row['method']}:{row['params']}" if row["params"] else str(row["method"])
+    return "`" + text.replace("|", "\\|") + "`"
+
+
+def _counted(row: Row) -> str:
+    parts = [f"{row[name]} {word}" for name, word in (("n_failed", "failed"), ("n_inactive", "inactive")) if row[name]]
+    return f"{row['n']} ({', '.join(parts)})" if parts else str(row["n"])
+
+
+_READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("method", _method),
+    ("device", lambda row: str(row["device"])),
+    ("dtype", lambda row: str(row["dtype"])),
+    ("attention", lambda row: str(row["attention_kernel"])),
+    ("frames", lambda row: _number(row, "frames", "d")),
+    ("n", _counted),
+    ("visual tokens", lambda row: _number(row, "n_visual_tokens", ".0f")),
+    ("accuracy", lambda row: _interval(row, "accuracy", ".2f")),
+    ("against full", lambda row: _interval(row, "accuracy_delta", "+z.2f")),
+    ("same answer", lambda row: _number(row, "agreement", ".2f")),
+    ("vision ×", _speedup("vision")),
+    ("prefill ×", _speedup("prefill")),
+    ("first token ×", _speedup("ttft")),
+    ("decode ×", _speedup("decode")),
+    ("end to end ×", _speedup("e2e")),
+    ("first token, s", lambda row: _number(row, "ttft_s", ".3g")),
+    ("end to end, s", lambda row: _number(row, "e2e_s", ".3g")),
+    ("peak, GiB", lambda row: _number(row, "peak_bytes", ".3g", 2**30)),
+    ("KV, MiB", lambda row: _number(row, "kv_bytes", ".3g", 2**20)),
+    ("prefill, GFLOPs", lambda row: _number(row, "flops", ".3g", 1e9)),
+    ("marks", lambda row: ", ".join(row["marks"]) or NOTHING),
+)
+_WHEN_DIFFERENT = ("device", "dtype", "attention")
+"""The notes tell these; only where rows differ do they need a column."""
+
+_MARKS = {
+    "cpu": "measured on a CPU: read ratios, not seconds",
+    "below-trivial": "less accurate than dropping the same tokens at random, evenly, or by a smaller input",
+    "masked": "computes the dense amount and masks; its time says nothing about the method",
+    "trained": "needs training",
+    "inactive>10%": "had nothing to do on more than a tenth of the samples, so no speed-up is given",
+}
+
+
+def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
+    """What one has to know to read the table: how figures were made, on what, with which versions; what is missing."""
+    said = []
+    if any(row["accuracy"] is not None for row in rows):
+        said.append(
+            "accuracy counts every sample, unfinished ones as wrong; brackets are 95 % intervals clustered by video; "
+            "`against full` and `same answer` are over samples that both finished"
+        )
+    if any(row[f"speedup_{span}"] is not None for row in rows for span in SPANS):
+        said.append(
+            "×: speed-up over full attention with the best dense kernel (above 1 is faster), median "
+            "of paired ratios of interleaved rounds; `of at most` is Amdahl's bound; the ratio to full attention with "
+            "the method's own kernel is in the CSV and JSON"
+        )
+    if any(row["flops"] for row in rows):
+        said.append(f"FLOPs: {FORMULA}")
+    used = {mark for row in rows for mark in row["marks"]}
+    said += [f"{mark}: {text}" for mark, text in _MARKS.items() if mark in used]
+    sessions = [(run.header, session) for run in runs for session in run.header["sessions"]]
+    said += dict.fromkeys(_setting(header, session) for header, session in sessions)
+    said += dict.fromkeys(_versions(session) for _, session in sessions)
+    for run in runs:
+        if run.header["status"] != "done":
+            said.append(f"{run.folder.name}: not complete ({run.header['status']})")
+        if run.records.damaged:
+            said.append(f"{run.folder.name}: {len(run.records.damaged)} damaged lines are left out")
+    return said
+
+
+def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
+    spec, measure, device, kernels = header["spec"], session["measure"], session["device"], session["kernels"]
+    driver = f", driver {session['driver']}" if session["driver"] else ""
+    frames = "every frame" if spec["frames"] is None else f"{spec['frames']} frames"
+    return (
+        f"{device['name']} ({device['type']}, {device['cpu']}, {measure['threads']} threads{driver}); "
+        f"{device['dtype']}; attention {kernels['attention']}, in the vision tower {kernels['vision']}; "
+        f"{frames} by {header['frame_rule']}; {measure['repeats']} rounds after {measure['warmup']} of warm-up; "
+        f"{spec['suite']} version {spec['suite_version']}"
+    )
+
+
+def _versions(session: Mapping[str, Any]) -> str:
+    commit = f" at {session['commit'][:10]}{' with changes' if session['dirty'] else ''}" if session["commit"] else ""
+    shown = ("python", "torch", "transformers", "triton")
+    others = "".join(f", {name} {session['versions'][name]}" for name in shown if name in session["versions"])
+    return f"vlmbench {session['versions']['vlmbench']}{commit}{others}"
