@@ -10,7 +10,9 @@ from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Method, Traits
 
 if TYPE_CHECKING:
+    from vlmbench.layout import Prompt
     from vlmbench.models.base import ModelAdapter
+    from vlmbench.trace import Trace
     from vlmbench.video import Clip
 
 
@@ -59,6 +61,13 @@ class Downsample(Method):
             indices=tuple(clip.indices[i] for i in kept),
             times_s=tuple(clip.times_s[i] for i in kept),
         )
+
+    def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
+        if not prompt.layout.n_visual:
+            trace.inactive("the prompt has no visual tokens")
+        elif self.ratio == 1:
+            trace.inactive("the ratio keeps everything")
+        return prompt
 
 
 def _smaller(clip: Clip, ratio: float) -> Clip:

@@ -43,15 +43,10 @@ def _wilson(share: float, n: float, z: float = Z) -> Estimate:
 
 
 def accuracy_interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> Estimate | None:
-    """Mean of scores in 0–1 with Wilson's interval at the effective number of samples; None without samples.
-
-    The variance that the design effect compares with is the binomial one, p(1 − p).
-    """
+    """Mean of scores in 0–1 with Wilson's interval at the effective number of samples; None without samples."""
     if not scores:
         return None
-    share = math.fsum(scores) / len(scores)
-    effective = _effective_n(scores, clusters, share * (1 - share))
-    return _wilson(share, effective)
+    return _wilson(math.fsum(scores) / len(scores), _effective_n(scores, clusters))
 
 
 def paired_delta(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable]) -> Estimate | None:
@@ -66,7 +61,7 @@ def paired_delta(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hash
     differences = [x - y for x, y in zip(a, b, strict=True)]
     value = math.fsum(differences) / len(differences)
     square = math.fsum(each * each for each in differences) / len(differences)
-    n = _effective_n(differences, clusters, square - value * value)
+    n = _effective_n(differences, clusters)
     centre = value * n / (n + 2)
     half = Z * math.sqrt(max((square * n + 2) / (n + 2) - centre * centre, 0.0) / (n + 2))
     return Estimate(value, max(-1.0, min(centre - half, value)), min(1.0, max(centre + half, value)))
@@ -112,8 +107,8 @@ def _codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     return np.array([names[name] for name in clusters], dtype=int), len(names)
 
 
-def _effective_n(values: Sequence[float], clusters: Sequence[Hashable], variance: float) -> float:
-    """How many independent samples of this `variance` are worth as much as these clustered ones.
+def _effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+    """How many independent samples would be worth as much as these clustered ones.
 
     That is n over the design effect, corrected for few clusters as by Korn and Graubard (1998), and kept between 1/Σw²
     (every cluster one single observation, w its share of the samples) and n. Where nothing varies (0 %, 100 %, no
@@ -126,10 +121,12 @@ def _effective_n(values: Sequence[float], clusters: Sequence[Hashable], variance
     index, n_clusters = _codes(clusters)
     n, sizes = len(values), np.bincount(index)
     floor = 1.0 / float(((sizes / n) ** 2).sum())
-    if n_clusters == 1 or variance <= 0:
+    if n_clusters == 1 or min(values) == max(values):
         return floor
-    residuals = np.bincount(index, weights=values) - sizes * (math.fsum(values) / n)
-    clustered = n_clusters / (n_clusters - 1) * float((residuals**2).sum()) / n**2 * (_t(n_clusters - 1) / Z) ** 2
+    residuals = np.asarray(values) - math.fsum(values) / n
+    variance = float((residuals**2).sum()) / n
+    sums = np.bincount(index, weights=residuals)
+    clustered = n_clusters / (n_clusters - 1) * float((sums**2).sum()) / n**2 * (_t(n_clusters - 1) / Z) ** 2
     return min(max(variance / clustered if clustered > 0 else float(n), floor), float(n))
 
 
