@@ -63,6 +63,8 @@ HEADER = make_header(
     {"method": "full"},
 )
 
+ACCURACY: Pass = "accuracy"
+
 numbers = st.floats(0, 1e6).map(lambda x: float(f"{x:.7g}"))  # as many digits as are stored
 timings = st.builds(Timing, prefill_s=numbers, decode_s=st.lists(numbers, max_size=3).map(tuple), e2e_s=numbers)
 names = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -87,7 +89,7 @@ records = st.builds(
 )
 
 
-def record(id_: str, status: Any = "ok", pass_: Pass = "accuracy", **more: Any) -> SampleRecord:
+def record(id_: str, status: Any = "ok", pass_: Pass = ACCURACY, **more: Any) -> SampleRecord:
     return SampleRecord(id=id_, pass_=pass_, cluster=id_, status=status, **more)
 
 
@@ -138,27 +140,36 @@ def test_the_record_schema_names_every_field() -> None:
     assert set(schema["properties"]) == set(schema["required"]) == fields
 
 
-@settings(max_examples=5, deadline=None)
-@given(st.lists(records, min_size=1, max_size=3, unique_by=lambda each: (each.id, each.pass_)))
-def test_cutting_the_file_at_any_byte_loses_at_most_the_last_record(
-    tmp_path_factory: pytest.TempPathFactory, written: list[SampleRecord]
+def check_cut(store: ResultStore, written: list[SampleRecord], cut: int) -> None:
+    """A file cut after `cut` bytes opens with every record whose line is whole, and ends with the last of them."""
+    lines = [dataclasses.replace(each, session="s").to_line().encode() for each in written]
+    whole = b"".join(lines)[:cut]
+    (view,) = store.runs()
+    path = view.folder / "samples.jsonl"
+    path.write_bytes(whole)
+    run = store.reopen(view)
+    run.close()
+    kept = lines[: whole.count(b"\n")]
+    assert [each.to_line().encode() for each in run.records.values()] == kept
+    assert path.read_bytes() == b"".join(kept)
+    assert bool(run.repaired) == (len(whole) > sum(map(len, kept)))
+
+
+def test_cutting_the_file_at_any_byte_loses_at_most_the_last_record(store: ResultStore) -> None:
+    written = [record("a", raw_text="é\n"), record('"', "oom")]
+    reopened(store)
+    for cut in range(sum(len(each.to_line()) for each in written) + 2):
+        check_cut(store, written, cut)
+
+
+@settings(deadline=None)
+@given(st.lists(records, min_size=1, max_size=4, unique_by=lambda each: (each.id, each.pass_)), st.data())
+def test_that_holds_for_any_records(
+    tmp_path_factory: pytest.TempPathFactory, written: list[SampleRecord], data: st.DataObject
 ) -> None:
     store = ResultStore(tmp_path_factory.mktemp("cut"))
-    lines = [dataclasses.replace(each, session="s").to_line().encode() for each in written]
-    whole = b"".join(lines)
-    path = reopened(store).folder / "samples.jsonl"
-    (view,) = store.runs()
-    for cut in range(len(whole) + 1):
-        path.write_bytes(whole[:cut])
-        run = store.reopen(view)
-        run.close()
-        n_whole = whole[:cut].count(b"\n")
-        assert [run.records[each.id, each.pass_].status for each in written[:n_whole]] == [
-            each.status for each in written[:n_whole]
-        ]
-        assert len(run.records) == n_whole
-        assert bool(run.repaired) == (cut != sum(map(len, lines[:n_whole])))
-        assert path.read_bytes() == b"".join(lines[:n_whole])
+    reopened(store)
+    check_cut(store, written, data.draw(st.integers(0, sum(len(each.to_line()) for each in written) + 1)))
 
 
 def test_a_torn_line_is_cut_off_and_reported_and_the_run_goes_on(store: ResultStore, samples: Path) -> None:
@@ -292,11 +303,14 @@ def test_a_second_writer_is_refused_and_told_who_is_first(store: ResultStore) ->
 
 def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(store: ResultStore) -> None:
     run = store.open(SPEC, HEADER)
+    reader, writer = os.pipe()
     child = os.fork()
     if not child:
+        os.write(writer, b"up")
         signal.pause()
         os._exit(0)
     try:
+        os.read(reader, 2)
         run.close()
         reopened(store)
     finally:

@@ -6,28 +6,23 @@ records, here and nowhere else, so that a table can always be made again. How ro
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from vlmbench import stats
+from vlmbench.loaded import BASELINE, Loaded, median_of
 from vlmbench.record import FINISHED, SampleRecord, Timing
-from vlmbench.rescore import rescore, suite_version
-from vlmbench.spec import Spec
+from vlmbench.rescore import rescore
 from vlmbench.store import ResultStore, Run, RunView
 from vlmbench.tables import COLUMNS, SPANS, Rows, notes, to_csv, to_json, to_markdown
 
 __all__ = ["COLUMNS", "Rows", "rescore", "rows", "to_csv", "to_json", "to_markdown"]
 
-BASELINE = "full"
 REFERENCES = ("full", "blind", "prior")
 """Rows that say what a number means; they are not held against the trivial methods."""
 TRIVIAL = ("random", "uniform", "downsample")
-INACTIVE_LIMIT = 0.1
-"""With a larger share of samples on which the method had nothing to do, its speed-up would not be its own."""
 
 _SPAN: dict[str, Callable[[Timing], float]] = {
     "vision": lambda timing: timing.vision_s,
@@ -52,81 +47,23 @@ def rows(source: Path | str | Sequence[RunView | Run], include_dummy: bool = Fal
     Runs of the stand-in `dummy` are left out unless a test asks for them. Raises `UsageError` when no run is stored.
     """
     views = ResultStore(source).runs() if isinstance(source, (str, Path)) else source
-    runs = [_Loaded(view) for view in views if include_dummy or not view.header["facts"].get("stand_in")]
-    groups: dict[str, list[_Loaded]] = {}
+    runs = [Loaded(view) for view in views if include_dummy or not view.header["facts"].get("stand_in")]
+    groups: dict[str, list[Loaded]] = {}
     for run in sorted(runs, key=lambda run: run.order):
         groups.setdefault(run.group, []).append(run)
     found = [_row(run, group) for group in groups.values() for run in group]
     return Rows(found, notes([run.view for run in runs], found))
 
 
-class _Loaded:
-    """The records of one run by pass and sample."""
-
-    def __init__(self, view: RunView | Run) -> None:
-        self.view = view
-        self.header = view.header
-        self.spec: Mapping[str, Any] = view.header["spec"]
-        self.method = str(self.spec["method"])
-        self.accuracy = view.records.of("accuracy")
-        self.latency = {id_: each for id_, each in view.records.of("latency").items() if each.timing}
-        self.memory = [each.memory for each in view.records.of("memory").values() if each.memory]
-
-    @property
-    def samples(self) -> Mapping[str, SampleRecord]:
-        """What `n` counts: the accuracy pass, or any other when there is none."""
-        return self.accuracy or self.view.records.of("latency") or self.view.records.of("memory")
-
-    @property
-    def group(self) -> str:
-        """Runs with the same key differ in nothing but the method."""
-        rest = {key: value for key, value in self.spec.items() if key not in ("method", "method_params")}
-        return json.dumps({**rest, "suite_version": suite_version(self.header)}, sort_keys=True)
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        named = (str(self.spec["model"]), _suite(self.spec), self.frames or 0, self.group)
-        return (*named, self.method != BASELINE, self.method, _params(self.spec["method_params"]))
-
-    @property
-    def frames(self) -> int | None:
-        """Frames asked for, else the median of what was decoded."""
-        if self.spec["frames"] is not None:
-            return int(self.spec["frames"])
-        decoded = _median(len(each.frames) for each in self.samples.values() if each.frames)
-        return None if decoded is None else round(decoded)
-
-    @cached_property
-    def n_visual_tokens(self) -> float | None:
-        return _median(each.tokens["visual"] for each in self.samples.values() if "visual" in each.tokens)
-
-    @cached_property
-    def scores(self) -> dict[str, float]:
-        """Unfinished and unreadable answers are wrong."""
-        return {id_: each.score if each.status == "ok" else 0.0 for id_, each in self.accuracy.items()}
-
-    @property
-    def finished(self) -> set[str]:
-        return {id_ for id_, each in self.accuracy.items() if each.status in FINISHED}
-
-    @property
-    def n_inactive(self) -> int:
-        return sum(not each.applied for each in self.samples.values() if each.status in FINISHED)
-
-    @property
-    def mostly_active(self) -> bool:
-        return self.n_inactive <= INACTIVE_LIMIT * len(self.samples)
-
-
-def _row(run: _Loaded, group: Sequence[_Loaded]) -> dict[str, Any]:
+def _row(run: Loaded, group: Sequence[Loaded]) -> dict[str, Any]:
     full = next((other for other in group if other.method == BASELINE and other is not run), None)
     paired = any(each.baseline_rounds for each in run.latency.values())
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {
         "model": run.spec["model"],
-        "suite": _suite(run.spec),
+        "suite": run.suite,
         "method": run.method,
-        "params": _params(run.spec["method_params"]),
+        "params": run.params,
         "baseline": BASELINE if full or paired else None,
         "n": len(run.samples),
         "n_failed": sum(each.status not in FINISHED for each in run.samples.values()),
@@ -144,7 +81,7 @@ def _row(run: _Loaded, group: Sequence[_Loaded]) -> dict[str, Any]:
     return row | _against(run, full, row) | _times(run) | _speedups(run) | _cost(run)
 
 
-def _against(run: _Loaded, full: _Loaded | None, row: dict[str, Any]) -> dict[str, Any]:
+def _against(run: Loaded, full: Loaded | None, row: dict[str, Any]) -> dict[str, Any]:
     """Accuracy over the samples that both finished, and the bound on prefill, which takes both runs' counted work.
 
     ``amdahl_prefill`` = 1 / (1 − attention's share of full attention's prefill FLOPs), median over samples; None unless
@@ -154,10 +91,8 @@ def _against(run: _Loaded, full: _Loaded | None, row: dict[str, Any]) -> dict[st
         return {}
     ids = sorted(run.finished & full.finished)
     pairs = [(run.accuracy[id_], full.accuracy[id_]) for id_ in ids]
-    clusters = [own.cluster for own, _ in pairs]
-    _put(
-        row, "accuracy_delta", stats.paired_delta([run.scores[i] for i in ids], [full.scores[i] for i in ids], clusters)
-    )
+    own_scores, full_scores = ([each.scores[id_] for id_ in ids] for each in (run, full))
+    _put(row, "accuracy_delta", stats.paired_delta(own_scores, full_scores, [own.cluster for own, _ in pairs]))
     found: dict[str, Any] = {"n_paired": len(ids)}
     if pairs:
         found["agreement"] = fmean(_said(own) == _said(other) for own, other in pairs)
@@ -168,18 +103,18 @@ def _against(run: _Loaded, full: _Loaded | None, row: dict[str, Any]) -> dict[st
             if rest < 0.999 * dense_rest or dense_rest <= 0:
                 return found
             bounds.append(other.work["flops"] / dense_rest)
-    return {**found, "amdahl_prefill": _median(bounds)}
+    return {**found, "amdahl_prefill": median_of(bounds)}
 
 
-def _times(run: _Loaded) -> dict[str, Any]:
+def _times(run: Loaded) -> dict[str, Any]:
     """Medians over samples of what the latency pass already took the median of over rounds."""
     timings = [each.timing for each in run.latency.values() if each.timing]
     names = ("video_s", "preprocess_s", "vision_s", "prepare_s", "prefill_s", "ttft_s", "e2e_s")
-    found: dict[str, Any] = {name: _median(getattr(timing, name) for timing in timings) for name in names}
-    return {**found, "decode_s_per_token": _median(fmean(each.decode_s) for each in timings if each.decode_s)}
+    found: dict[str, Any] = {name: median_of(getattr(timing, name) for timing in timings) for name in names}
+    return {**found, "decode_s_per_token": median_of(fmean(each.decode_s) for each in timings if each.decode_s)}
 
 
-def _speedups(run: _Loaded) -> dict[str, Any]:
+def _speedups(run: Loaded) -> dict[str, Any]:
     """For each span, the median over samples of the median over rounds of (baseline's seconds / own seconds).
 
     ``amdahl_e2e`` = median of baseline's e2e / (e2e − the spans that the method's stages can shorten), from `_TOUCHED`.
@@ -193,25 +128,25 @@ def _speedups(run: _Loaded) -> dict[str, Any]:
         known = [(ratio, cluster) for ratio, cluster in ratios if ratio is not None]
         _put(row, f"speedup_{span}", stats.ratio_interval([r for r, _ in known], [c for _, c in known]))
         same = (_ratio(each.same_kernel_rounds or each.baseline_rounds, each.rounds, span) for each in records)
-        row[f"speedup_{span}_same_kernel"] = _median(ratio for ratio in same if ratio is not None)
+        row[f"speedup_{span}_same_kernel"] = median_of(ratio for ratio in same if ratio is not None)
     stages = (run.header["traits"] or {}).get("stages", ())
     touched = {name for stage in stages for name in _TOUCHED[stage]}
     dense = [timing for each in records for timing in each.baseline_rounds]
     rests = [(timing.e2e_s, timing.e2e_s - sum(_seconds(timing, name) for name in touched)) for timing in dense]
-    row["amdahl_e2e"] = _median(whole / rest for whole, rest in rests if rest > 0) if touched else None
+    row["amdahl_e2e"] = median_of(whole / rest for whole, rest in rests if rest > 0) if touched else None
     return row
 
 
-def _cost(run: _Loaded) -> dict[str, Any]:
+def _cost(run: Loaded) -> dict[str, Any]:
     return {
         "peak_bytes": max((each.peak_bytes for each in run.memory), default=None),
         "peak_extra_bytes": max((each.peak_extra_bytes for each in run.memory), default=None),
-        "kv_bytes": _median(each.kv_bytes for each in run.memory),
-        "flops": _median(each.work["flops"] for each in run.samples.values() if each.work),
+        "kv_bytes": median_of(each.kv_bytes for each in run.memory),
+        "flops": median_of(each.work["flops"] for each in run.samples.values() if each.work),
     }
 
 
-def _marks(run: _Loaded, group: Sequence[_Loaded]) -> list[str]:
+def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
     traits = run.header["traits"] or {}
     marks = {
         "cpu": run.spec["device_type"] == "cpu",
@@ -223,7 +158,7 @@ def _marks(run: _Loaded, group: Sequence[_Loaded]) -> list[str]:
     return [mark for mark, holds in marks.items() if holds]
 
 
-def _beaten_by(run: _Loaded, other: _Loaded) -> bool:
+def _beaten_by(run: Loaded, other: Loaded) -> bool:
     """A trivial method with no more visual tokens is more accurate on the samples that both were asked."""
     if other.method not in TRIVIAL or run.method in (*TRIVIAL, *REFERENCES):
         return False
@@ -236,7 +171,7 @@ def _beaten_by(run: _Loaded, other: _Loaded) -> bool:
 def _ratio(dense: Sequence[Timing], own: Sequence[Timing], span: str) -> float | None:
     """Rounds pair one to one; None when the span took no time in every round of one side."""
     seconds = ((_SPAN[span](a), _SPAN[span](b)) for a, b in zip(dense, own, strict=False))
-    return _median(a / b for a, b in seconds if a > 0 and b > 0)
+    return median_of(a / b for a, b in seconds if a > 0 and b > 0)
 
 
 def _seconds(timing: Timing, name: str) -> float:
@@ -251,27 +186,3 @@ def _said(record: SampleRecord) -> str:
 def _put(row: dict[str, Any], name: str, estimate: stats.Estimate | None) -> None:
     if estimate is not None:
         row |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
-
-
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return median(known) if known else None
-
-
-def _suite(spec: Mapping[str, Any]) -> str:
-    return str(Spec(spec["suite"], _texts(spec["suite_params"])))
-
-
-def _params(params: Mapping[str, Any]) -> str:
-    return str(Spec("", _texts(params))).lstrip(":")
-
-
-def _texts(params: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters as one would type them; those that are None are left out."""
-    return {key: _text(value) for key, value in params.items() if value is not None}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "/".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -179,11 +179,10 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
 def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     spec, measure, device, kernels = header["spec"], session["measure"], session["device"], session["kernels"]
     driver = f", driver {session['driver']}" if session["driver"] else ""
-    frames = "every frame" if spec["frames"] is None else f"{spec['frames']} frames"
     return (
         f"{device['name']} ({device['type']}, {device['cpu']}, {measure['threads']} threads{driver}); "
         f"{device['dtype']}; attention {kernels['attention']}, in the vision tower {kernels['vision']}; "
-        f"{frames} by {header['frame_rule']}; {measure['repeats']} rounds after {measure['warmup']} of warm-up; "
+        f"frames by {header['frame_rule']}; {measure['repeats']} rounds after {measure['warmup']} of warm-up; "
         f"{spec['suite']} version {spec['suite_version']}"
     )
 
