@@ -180,7 +180,7 @@ def _then(first: Any, second: Any) -> Any:
 
 
 def test_unusable_parameters_are_refused_in_one_sentence() -> None:
-    from vlmbench.runner import make_methods
+    from vlmbench.session import make_methods
 
     for spec in ("uniform:ratio=0", "random:ratio=1.5", "uniform:tokens=0", "pevlm:block=0", "pevlm:sink=-1"):
         with pytest.raises(UsageError, match=spec.split("=")[0]):

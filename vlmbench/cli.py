@@ -33,8 +33,8 @@ app = typer.Typer(
 )
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived. Not an `Exception`, so that no sample's error handling takes it for a failed sample."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Not an `Exception`, so that nothing takes it for a failed sample."""
 
 
 class Kind(StrEnum):
@@ -200,24 +200,24 @@ def doctor(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return int(app(args, prog_name="vlmbench", standalone_mode=False) or 0)
     except UsageError as error:
         return _fail(error, str(error), 2, args)
     except RunError as error:
         return _fail(error, str(error), 1, args)
-    except (typer.Abort, KeyboardInterrupt) as error:  # typer turns Ctrl-C into Abort
-        return _fail(error, "Stopped; the same command goes on from here.", 130, args)
-    except Terminated as error:
-        return _fail(error, "Terminated; the same command goes on from here.", 143, args)
+    except Stopped as error:
+        number = signal.Signals(error.args[0])
+        return _fail(error, f"Stopped by {number.name}; the same command goes on from here.", 128 + number, args)
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: an unknown command, option or value
             error.show()
             return 2
         return _fail(error, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}", 1, args)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _fail(error: BaseException, sentence: str, code: int, args: list[str]) -> int:
@@ -227,8 +227,8 @@ def _fail(error: BaseException, sentence: str, code: int, args: list[str]) -> in
     return code
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def _names(kind: Kind) -> Iterable[dict[str, str]]:

@@ -114,21 +114,24 @@ def main() -> None:
         try:
             answer: tuple[object, ...] | str = tuple(decode(request))  # plain: this module is `__main__` here
         except Exception as error:
-            answer = _reason(request.path, error)
+            answer = reason(request.path, error)
         data = pickle.dumps(answer, protocol=5)
         out.write(LENGTH.pack(len(data)) + data)
         out.flush()
 
 
-def _reason(path: str, error: Exception) -> str:
-    """The decoder's own words without stack traces and source positions."""
+def reason(path: str, error: Exception) -> str:
+    """The decoder's own words without stack traces, source positions and the folders of `path`."""
     if not Path(path).exists():
         return "the file is missing"
     if Path(path).is_file() and not Path(path).stat().st_size:
         return "the file is empty"
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    # Not the user's concern: a time, an errno, and where in the decoder's source it happened.
-    first = re.sub(r"^(\[[^\]]*\]\s*)?(\S+:\d+:\s*)?", "", first)
+    # Not the user's concern: a time, an errno, and where in the decoder's source it happened. decord repeats the first
+    # and the last when the failure was in a thread of its own, and quotes the C++ condition before its sentence.
+    first = re.sub(r"^(\[[^\]]*\]\s*|\S+:\d+:\s*)+", "", first)
+    first = re.sub(r"^Check failed: .*\(\S+ vs\. \S+\)\s+(ERROR\s+)?(?=\S)", "", first)
+    first = first.replace("1094995529", "invalid data")  # FFmpeg's number for it
     return first.replace(path, "the file").strip(" .")[:200]
 
 

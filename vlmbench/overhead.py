@@ -20,7 +20,7 @@ from vlmbench.engine import TorchBackend
 from vlmbench.header import cpu_name, versions
 from vlmbench.machine import load_backend
 from vlmbench.request import RunRequest
-from vlmbench.runner import make_methods, make_suite
+from vlmbench.session import make_methods, make_suite
 from vlmbench.video import Decoder, default_decoder
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def bare_loop(adapter: ModelAdapter, clips: Sequence[Clip], question: str, token
 def measure(model: str, length: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Interleaved rounds, the order turned round each time; medians in seconds."""
     suite = make_suite(f"synthvideo:length={length}")
-    (_, full), *_ = make_methods(["full"])
+    (full,) = make_methods(["full"])
     backend = load_backend(RunRequest(), model)
     if not isinstance(backend, TorchBackend):
         raise typer.BadParameter("a real model is needed", param_hint="--model")

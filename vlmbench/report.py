@@ -124,6 +124,8 @@ def _speedups(run: Loaded) -> dict[str, Any]:
     if not run.mostly_active:
         return row
     for span in SPANS:
+        if span == "vision" and not (run.header["traits"] or {}).get("sees_vision", True):
+            continue  # no frame is encoded: there is nothing that became faster
         ratios = [(_ratio(each.baseline_rounds, each.rounds, span), each.cluster) for each in records]
         known = [(ratio, cluster) for ratio, cluster in ratios if ratio is not None]
         _put(row, f"speedup_{span}", stats.ratio_interval([r for r, _ in known], [c for _, c in known]))

@@ -58,6 +58,8 @@ class RunRequest:
                 raise UsageError(f"--{option} must be at least 0, not {getattr(self, option)}.")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise UsageError(f"--fps must be above 0 and at most 1000, not {self.fps}.")
+        if self.sampler == "fps" and self.fps is None:
+            raise UsageError("--sampler fps needs a rate; give --fps.")
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise UsageError(
                 f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}; make it smaller."

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 
 def _endpoints(total: int, n: int) -> list[int]:
-    return [round(i * (total - 1) / (n - 1)) for i in range(n)] if n > 1 else [0]
+    # Rounded down from the float product, so that the frames are those of numpy.linspace(0, total - 1, n, dtype=int).
+    step = (total - 1) / max(1, n - 1)
+    return [*(int(i * step) for i in range(n - 1)), total - 1] if n > 1 else [0]
 
 
 def _interior(total: int, n: int) -> list[int]:

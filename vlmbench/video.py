@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
-from vlmbench.decode_worker import LENGTH, Decoded, Request
+from vlmbench.decode_worker import LENGTH, Decoded, Request, reason
 from vlmbench.errors import UsageError
 from vlmbench.sampling import SAMPLERS, sample_indices
 
@@ -147,7 +147,10 @@ def _picture(path: Path) -> Clip:
 
     try:
         with Image.open(path) as image:
-            frame = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DecodeError(f"{path.name} cannot be read as a picture: {error}.") from error
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16-bit greys, which Pillow would clip to white
+                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+            frame = np.asarray(upright.convert("RGB"))
+    except Exception as error:  # Pillow has many words for a damaged file, SyntaxError among them
+        raise DecodeError(f"{path.name} cannot be read as a picture: {reason(str(path), error)}.") from error
     return Clip(frame[None].copy(), (0,), (0.0,), 1.0, "image", path)

@@ -1,0 +1,253 @@
+"""Everything that one ``vlmbench run`` loads once: suite, model, methods, open runs; and what is common to all passes."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vlmbench.backend import Outcome
+from vlmbench.errors import RunError, UsageError
+from vlmbench.header import SESSION, make_header
+from vlmbench.machine import load_backend
+from vlmbench.record import Frame, Pass, SampleRecord, Status, Timing
+from vlmbench.registry import methods as method_registry
+from vlmbench.registry import suites as suite_registry
+from vlmbench.request import RunRequest
+from vlmbench.spec import AnswerSpec, MeasureSpec, build, params_of, parse, parse_chain
+from vlmbench.store import ResultStore, Run
+from vlmbench.suite import Sample, Suite, limited
+from vlmbench.video import SAMPLERS, DecodeError, Decoder, DecodeTimeout, default_decoder
+
+if TYPE_CHECKING:
+    from vlmbench.method import Method
+    from vlmbench.progress import Progress
+    from vlmbench.video import Clip
+
+DECODE_TIMEOUT_S = 60.0
+
+
+@dataclass
+class Entry:
+    """One method of this command with its open run."""
+
+    method: Method
+    run: Run
+
+
+class Session:
+    """A context manager: entering opens every run for writing, leaving closes them with the right status."""
+
+    def __init__(self, request: RunRequest, progress: Progress) -> None:
+        self.request, self.progress = request, progress
+        self._open = ExitStack()
+        self.suite = make_suite(request.suite)
+        self.sampler = request.sampler or self.suite.default_sampler
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"--sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}.")
+        chosen = make_methods(request.methods)
+        if request.baseline and all(method.name != "full" for method in chosen):
+            chosen = [*make_methods(("full",)), *chosen]
+        self.backend = load_backend(request, request.model or self.suite.default_model)
+        for method in chosen:
+            self.backend.check(method)
+            method.fit(self.suite)
+        self.frames = request.frames or self.suite.default_frames
+        self.decoder_name = default_decoder()
+        self.max_new_tokens = request.max_new_tokens or self.suite.max_new_tokens
+        self.samples = limited(self.suite.samples("test"), request.limit)
+        if not self.samples:
+            raise UsageError(f"Suite {request.suite!r} has no samples.")
+        self._chosen = chosen
+        self._last: tuple[str, tuple[Clip, ...], float] | None = None
+
+    def __enter__(self) -> Session:
+        store = ResultStore(self.request.out)
+        try:
+            self.decoder = self._open.enter_context(Decoder(self.decoder_name, timeout_s=DECODE_TIMEOUT_S))
+            self.entries = []
+            for method in self._chosen:
+                answer = self._answer_spec(method)
+                header = self._header(answer, method)
+                opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
+                if opened.repaired:
+                    self.progress.note(opened.repaired)
+                self.entries.append(Entry(method, opened))
+        except BaseException:
+            self._open.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.__exit__(*exception)  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """What is about to run, as resolved, in a line."""
+        identity = self.backend.identity
+        return (
+            f"{identity.model} on {identity.device_name} ({identity.dtype}, {identity.attention_kernel}), "
+            f"{self.suite.name}: {len(self.samples)} questions, {self.frames or 'all'} frames ({self.sampler}, "
+            f"{self.decoder_name}), results in {self.request.out}"
+        )
+
+    def each(self, samples: Sequence[Sample], what: str) -> Iterator[Sample]:
+        self.progress.start(len(samples), what)
+        for sample in samples:
+            yield sample
+            self.progress.advance()
+
+    def timed_samples(self) -> list[Sample]:
+        """The first question of each video, as many videos as are to be timed."""
+        first: dict[str, Sample] = {}
+        for sample in self.samples:
+            first.setdefault(sample.cluster, sample)
+        return list(first.values())[: self.request.timed]
+
+    def blank(self, sample: Sample, pass_: Pass) -> SampleRecord:
+        return SampleRecord(
+            id=sample.id,
+            pass_=pass_,
+            cluster=sample.cluster,
+            status="ok",
+            template=sample.template,
+            strata=dict(sample.strata),
+            answer=sample.answer,
+            session=SESSION,
+        )
+
+    def clips(self, sample: Sample, record: SampleRecord, *, timed: bool = False) -> tuple[Clip, ...] | None:
+        """Render, decode and note the frames; None when that failed, and the record then says why."""
+        if not self.backend.needs_media:
+            return ()
+        try:
+            self.progress.stage("render")
+            self.suite.materialise(sample)
+            self.progress.stage("decode video")
+            clips, seconds = self._decode(sample, fresh=timed)
+        except DecodeTimeout as error:
+            _fail(record, "timeout", error)
+            return None
+        except (DecodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise RunError(
+                    f"The disk that holds {error.filename or 'the video cache'} is full: everything finished is kept; "
+                    f"free some space, and the same command goes on."
+                ) from error
+            _fail(record, "decode_error", error)
+            return None
+        if timed:
+            record.timing = Timing(video_s=seconds)
+        record.frames = [
+            Frame(index, round(time, 6))
+            for clip in clips
+            for index, time in zip(clip.indices, clip.times_s, strict=True)
+        ]
+        record.size = (clips[0].frames.shape[1], clips[0].frames.shape[2]) if clips else None
+        return clips
+
+    def _decode(self, sample: Sample, *, fresh: bool) -> tuple[tuple[Clip, ...], float]:
+        """Decoded media and the seconds it took. Questions on one video that follow each other share one decoding."""
+        key = repr(sample.media)
+        if self._last is None or self._last[0] != key or fresh:
+            begin = time.perf_counter()
+            clips = tuple(
+                self.decoder.read(
+                    media.path, kind=media.kind, frames=self.frames, rule=self.sampler, fps=self.request.fps
+                )
+                for media in sample.media
+            )
+            self._last = (key, clips, time.perf_counter() - begin)
+        return self._last[1], self._last[2]
+
+    def ask(
+        self, method: Method, sample: Sample, clips: Sequence[Clip], pass_: Pass, kernel: str | None = None
+    ) -> Outcome:
+        try:
+            return self.backend.answer(
+                method,
+                sample,
+                self.suite.prompt(sample),
+                clips,
+                pass_=pass_,
+                max_new_tokens=self.max_new_tokens,
+                kernel=kernel,
+            )
+        except (RunError, UsageError):
+            raise
+        except Exception as error:
+            if self.request.debug:
+                raise
+            return Outcome(status="error", error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+
+    def _answer_spec(self, method: Method) -> AnswerSpec:
+        request, identity = self.request, self.backend.identity
+        return AnswerSpec(
+            model=identity.model,
+            revision=identity.revision,
+            weights_hash=identity.weights_hash,
+            method=method.name,
+            method_params=params_of(method) | method.fitted(),
+            suite=self.suite.name,
+            suite_version=self.suite.version,
+            suite_params=params_of(self.suite),
+            prompt_style="suite",
+            frames=self.frames,
+            sampler=self.sampler,
+            fps=request.fps,
+            max_pixels=request.max_pixels,
+            min_pixels=request.min_pixels,
+            decoder=self.decoder_name if self.backend.needs_media else "none",
+            attention=identity.attention,
+            dtype=identity.dtype,
+            device_type=identity.device_type,
+            max_new_tokens=self.max_new_tokens,
+            seed=request.seed,
+        )
+
+    def _header(self, answer: AnswerSpec, method: Method) -> dict[str, object]:
+        request = self.request
+        measure = MeasureSpec(
+            mode=request.mode,
+            warmup=request.warmup,
+            repeats=request.repeats,
+            threads=int(self.backend.identity.facts.get("threads", 0)),
+            device_name=self.backend.identity.device_name,
+        )
+        given = {
+            name: str(value) if name in ("out", "data_root") else value
+            for name, value in vars(request).items()
+            if value is not None
+        }
+        return make_header(
+            answer,
+            measure,
+            self.backend.identity,
+            given,
+            traits=method.traits,
+            frame_rule=f"{self.sampler}, {self.frames or 'all'} frames",
+        )
+
+
+def make_suite(text: str) -> Suite:
+    """The suite of a spec. Raises `UsageError`."""
+    spec = parse(text)
+    return build(suite_registry.load(spec.name), spec, "Suite")
+
+
+def make_methods(texts: Sequence[str]) -> list[Method]:
+    """The method of every spec; two specs that resolve to the same are one method. Raises `UsageError`."""
+    found: dict[str, Method] = {}
+    for text in texts:
+        chain = parse_chain(text)
+        if len(chain) > 1:
+            raise UsageError(f"{text!r} joins methods with +, which is not possible yet; give one --method for each.")
+        method = build(method_registry.load(chain[0].name), chain[0], "Method")
+        found.setdefault(repr(method), method)
+    return list(found.values())
+
+
+def _fail(record: SampleRecord, status: Status, error: BaseException) -> None:
+    record.status, record.error = status, " ".join(str(error).split())[:500] or type(error).__name__
