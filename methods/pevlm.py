@@ -4,7 +4,7 @@ The sink is the text before the video and the first `sink` temporal units; each 
 itself; the tail (left-over units and the question) sees everything. Every token keeps the position it has under full
 attention, no key is dropped, nothing is trained, and decoding is dense over the whole cache.
 
-This is the mask-exact form: right in every number, at the dense cost. Its rows carry the mark ``masked``.
+On a device without a fast kernel the same numbers come from a masked dense call, and the row carries the mark ``masked``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Pevlm(Method):
         faithful="visibility rule, shared sink, sequential positions, whole cache kept, tail planner",
         extension="default sink and block (the paper's are not public); units from the layout, never constants",
     )
-    traits: ClassVar[Traits] = Traits(masked=True, stages=frozenset({"prefill"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}))
 
     sink: int | None = None
     block: int = 8
@@ -67,7 +67,7 @@ class Pevlm(Method):
         return cls(sink=0, block=10**6)  # one block: the mask is causal
 
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
-        from vlmbench.kernels.block_attention import make_plan
+        from vlmbench.kernels.block_attention import is_fast, make_plan
 
         units = prompt.layout.units
         if not units:
@@ -80,6 +80,7 @@ class Pevlm(Method):
             return prompt
         if len(plan.blocks) == 1:
             trace.inactive("one block: equals full attention")
+        trace.facts["masked"] = not is_fast(prompt.embeds.device)
         trace.facts["plan"] = {"sink": plan.sink, "blocks": [list(edges) for edges in plan.blocks]}
         if self.positions == "reused":
             prompt = replace(prompt, positions=_reused(prompt.positions, plan))

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from vlmbench.kernels.block_attention import Plan, block_attention, make_plan
+from vlmbench.kernels.block_attention import Plan, blocks, is_fast, make_plan
+from vlmbench.kernels.block_attention.reference import block_attention
+from vlmbench.live import LiveStorages
 
 
 @st.composite
@@ -133,3 +135,62 @@ def test_lengths_that_do_not_fit_the_plan_are_refused() -> None:
     q = torch.zeros(1, 1, 6, 2)
     with pytest.raises(ValueError, match="for 5 tokens"):
         block_attention(q, q, q, plan)
+
+
+def qkv(length: int, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> tuple[Any, Any, Any]:
+    """As a model hands them over: ``[1, N, H, D]`` in memory, seen as ``[1, H, N, D]``."""
+    torch.manual_seed(length)
+    q, k, v = (torch.randn(1, length, h, dim).transpose(1, 2) for h in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+@given(planned())
+def test_the_fast_path_is_the_reference(case: Any) -> None:
+    _, length, plan, _ = case
+    if plan is None:
+        return
+    q, k, v = qkv(length)
+    assert is_fast(q.device)
+    # float32 rounding of sums of at most 60 terms near one.
+    torch.testing.assert_close(blocks.block_attention(q, k, v, plan), block_attention(q, k, v, plan), rtol=0, atol=5e-6)
+
+
+def test_the_fast_path_takes_any_grouping_of_heads_and_a_scale() -> None:
+    plan = make_plan([(3 + 4 * i, 7 + 4 * i) for i in range(9)], 44, sink=2, block=3)
+    assert plan is not None
+    for heads, kv_heads in ((6, 6), (6, 2), (7, 1)):
+        q, k, v = qkv(44, heads, kv_heads)
+        torch.testing.assert_close(
+            blocks.block_attention(q, k, v, plan, scale=0.3),
+            block_attention(q, k, v, plan, scale=0.3),
+            rtol=0,
+            atol=5e-6,
+        )
+
+
+def test_the_fast_path_holds_no_mask_and_no_copy_of_the_sink() -> None:
+    """Its memory is linear in the prompt: a mask or a sink for each block would be far above the bound."""
+    per, frames = 8, 128
+    plan = make_plan([(2 + per * i, 2 + per * (i + 1)) for i in range(frames)], 2 + per * frames + 6, sink=32, block=1)
+    assert plan is not None
+    q, k, v = qkv(plan.length)
+    with LiveStorages([q, k, v]) as live:
+        before = live.current
+        blocks.block_attention(q, k, v, plan)
+    # The output and, for one head of each group, three more of its size with their log-sum-exps.
+    one = q.numel() * 4
+    assert live.peak - before < 4 * one
+    assert plan.length**2 > 4 * one  # even a mask of one byte a pair would not fit
+    assert len(plan.blocks) * plan.sink * 16 * 2 * 4 > 4 * one  # nor would a sink for each block
+
+
+def test_the_fast_path_refuses_what_it_would_get_wrong() -> None:
+    plan = make_plan([(0, 2), (2, 4)], 5, sink=0, block=1)
+    assert plan is not None
+    q = torch.zeros(2, 1, 5, 2)
+    with pytest.raises(ValueError, match="batch is 2"):
+        blocks.block_attention(q, q, q, plan)
+    with pytest.raises(ValueError, match="for 5 tokens"):
+        blocks.block_attention(q[:1, :, :4], q[:1, :, :4], q[:1, :, :4], plan)
+    with pytest.raises(ValueError, match="meta"):
+        blocks.block_attention(*(x.to("meta") for x in (q[:1], q[:1], q[:1])), plan)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmbench import registry
 from vlmbench.cache import lengths
@@ -17,7 +18,10 @@ from vlmbench.patch import fingerprint
 from vlmbench.trace import Trace
 
 STEPS = 4
-SDPA = "scaled_dot_product_attention"
+ATTENTION = (
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 METHODS = [registry.methods.load(name) for name in registry.methods.names()]
 METHODS_BY_NAME = {cls.name: cls for cls in METHODS}
 EXAMPLES = [example for cls in METHODS if cls.traits.uses_model for example in cls.examples()]
@@ -133,50 +137,48 @@ def test_every_mix_of_media_runs(adapter: Any, clip: Any, method: Method, media:
     assert done.prompt.layout.length == done.prompt.length
 
 
-def test_work_equals_what_hooks_counted(
-    adapter: Any, clip: Any, method: Method, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class CountPairs(TorchDispatchMode):
+    """Query-key pairs of every attention kernel call, summed over heads."""
+
+    pairs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ATTENTION:
+            names = [argument.name for argument in func._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            q, k, mask = given["query"], given["key"], given.get("attn_mask")
+            causal, n, m = given.get("is_causal", False), q.shape[2], k.shape[2]
+            assert not causal or n == m  # top-left and bottom-right alignment differ otherwise
+            seen = int(mask.sum()) if mask is not None else n * (n + 1) // 2 if causal else n * m
+            self.pairs += q.shape[0] * q.shape[1] * seen
+        return func(*args, **(kwargs or {}))
+
+
+def test_work_equals_what_hooks_counted(adapter: Any, clip: Any, method: Method) -> None:
     tokens: list[int] = []
     neurons: list[int] = []
-    pairs: list[int] = []
-    attend = nn.functional.scaled_dot_product_attention
-
-    def counting(q: Any, k: Any, v: Any, attn_mask: Any = None, **options: Any) -> Any:
-        if q.shape[2] > 1:
-            n, m = q.shape[2], k.shape[2]
-            causal = options.get("is_causal", False)
-            pairs.append(int(attn_mask.sum()) if attn_mask is not None else n * (n + 1) // 2 if causal else n * m)
-        return attend(q, k, v, attn_mask=attn_mask, **options)
 
     def layer_sees(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hidden.shape[1] > 1:
-            tokens.append(hidden.shape[1])
+        tokens.append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
     def ffn_sees(module: nn.Module, args: Any) -> None:
-        if args[0].shape[1] > 1:
-            neurons.append(args[0].shape[2])
+        neurons.append(args[0].shape[2])
 
-    with method.attach(adapter) as trace:
+    with torch.inference_mode(), method.attach(adapter) as trace:
+        trace.reset("sample")
+        inputs = adapter.inputs([method.prepare_clip(clip(6))], "where ?")
+        prompt = method.prepare(adapter.splice(inputs, adapter.encode_vision(inputs)), trace)
         handles = [layer.register_forward_pre_hook(layer_sees, with_kwargs=True) for layer in adapter.layers]
         handles += [layer.mlp.down_proj.register_forward_pre_hook(ffn_sees) for layer in adapter.layers]
-        # The tower attends too: count only from prefill on.
-        monkeypatch.setattr(
-            adapter, "prefill", _then(lambda: monkeypatch.setattr(nn.functional, SDPA, counting), adapter.prefill)
-        )
-        done = generate(adapter, method, trace, [clip(6)], "where ?", max_new_tokens=2, stop_at_eos=False)
-        for handle in handles:
-            handle.remove()
-        work = method.work(done.prompt, adapter.shapes, trace)
-    assert (list(work.tokens), list(work.pairs), list(work.neurons)) == (tokens, pairs, neurons)
-
-
-def _then(first: Any, second: Any) -> Any:
-    def both(*args: Any, **kwargs: Any) -> Any:
-        first()
-        return second(*args, **kwargs)
-
-    return both
+        try:
+            with CountPairs() as counted:
+                adapter.prefill(prompt, adapter.new_cache(0))
+        finally:
+            for handle in handles:
+                handle.remove()
+        work = method.work(prompt, adapter.shapes, trace)
+    assert (list(work.tokens), list(work.neurons)) == (tokens, neurons)
+    assert sum(work.pairs) * adapter.shapes.heads == counted.pairs
 
 
 def test_unusable_parameters_are_refused_in_one_sentence() -> None:

@@ -45,7 +45,8 @@ class Traits:
     uses_model: bool = True
     """False: answers come from `Method.answer`, the model is never called."""
     masked: bool = False
-    """True: computes the dense amount and masks; its time says nothing about the method."""
+    """True: computes the dense amount and masks; its time says nothing about the method. A method that does so only on
+    some devices says ``trace.facts["masked"]`` instead."""
     stages: frozenset[str] = frozenset()
     """Of {"frames", "vision", "prompt", "prefill", "decode"}: where it acts."""
 

@@ -153,7 +153,8 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
     marks = {
         "cpu": run.spec["device_type"] == "cpu",
         "below-trivial": any(_beaten_by(run, other) for other in group),
-        "masked": traits.get("masked", False),
+        "masked": traits.get("masked", False)
+        or any((each.trace or {}).get("masked") for each in run.accuracy.values()),
         "trained": traits.get("trained", False),
         "inactive>10%": not run.mostly_active,
     }
