@@ -192,5 +192,6 @@ def test_the_fast_path_refuses_what_it_would_get_wrong() -> None:
         blocks.block_attention(q, q, q, plan)
     with pytest.raises(ValueError, match="for 5 tokens"):
         blocks.block_attention(q[:1, :, :4], q[:1, :, :4], q[:1, :, :4], plan)
+    meta = q[:1].to("meta")
     with pytest.raises(ValueError, match="meta"):
-        blocks.block_attention(*(x.to("meta") for x in (q[:1], q[:1], q[:1])), plan)
+        blocks.block_attention(meta, meta, meta, plan)
