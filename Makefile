@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check tables
+.PHONY: help setup demo test check tables results
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -30,4 +30,12 @@ check: setup  ## format, lint, types
 	$(BIN)/mypy
 
 tables: setup  ## the tables of the README, from the records in results/
-	@for folder in results/*/; do $(BIN)/vlmbench table "$$folder" || exit; done
+	$(BIN)/python -m vlmbench.publish
+
+results: setup  ## measure what results/cpu holds again (minutes; leave the machine alone meanwhile)
+	rm -rf runs/results
+	$(BIN)/vlmbench run --out runs/results
+	$(BIN)/vlmbench table runs/results --format json > results/cpu/demo.json
+	$(BIN)/vlmbench table runs/results > results/cpu/demo.md
+	$(BIN)/python -m vlmbench.overhead --out results/cpu/overhead.json
+	$(BIN)/python -m vlmbench.publish

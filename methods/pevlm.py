@@ -9,49 +9,47 @@ On a device without a fast kernel the same numbers come from a masked dense call
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from vlmbench.errors import UsageError
-from vlmbench.method import Citation, Method, Traits, Work
+from vlmbench.method import Citation, Traits
+from vlmbench.parallel import ParallelEncoding, check_units, reuse_positions
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from vlmbench.kernels.block_attention import Plan
     from vlmbench.layout import Prompt
-    from vlmbench.models.base import Shapes
-    from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
 
 
 @dataclass(frozen=True)
-class Pevlm(Method):
-    """`sink` and `block` count temporal units (Qwen-VL: pairs of frames); `sink` is min(8, a tenth of the video) by default.
+class Pevlm(ParallelEncoding):
+    """`sink` and `block` count temporal units (Qwen-VL: pairs of frames), or tokens with ``unit=token``.
 
-    ``positions=reused`` gives every block the positions of the first (the ablation that the paper argues against); on
-    M-RoPE only the temporal axis is reused.
+    The default sink is a tenth of the video, from 1 to 8 units. ``positions=reused`` gives every block the positions of the
+    first, on M-RoPE along the temporal axis; ``reused-1d`` also flattens M-RoPE's axes into one, as the authors' prototype
+    did. Both are the ablation that the paper argues against. Left-over units go to the tail, or (``remainder=head``) form a
+    first, smaller block.
     """
 
     name: ClassVar[str] = "pevlm"
     cite: ClassVar[Citation] = Citation(
         "PEVLM: Parallel Encoding for Vision-Language Models",
         "2506.19651",
-        faithful="visibility rule, shared sink, sequential positions, whole cache kept, tail planner",
-        extension="default sink and block (the paper's are not public); units from the layout, never constants",
+        faithful="visibility rule, shared sink, sequential positions, whole cache kept, both planners",
+        extension="default sink and block (the paper's are not public); units from the layout, never constants; token "
+        "blocks end with the last visual token instead of running into the question",
     )
     traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}))
 
     sink: int | None = None
     block: int = 8
-    positions: Literal["sequential", "reused"] = "sequential"
+    unit: Literal["frame", "token"] = "frame"
+    positions: Literal["sequential", "reused", "reused-1d"] = "sequential"
     remainder: Literal["tail", "head"] = "tail"
 
     def __post_init__(self) -> None:
-        if self.sink is not None and self.sink < 0:
-            raise UsageError(f"pevlm:sink must be at least 0, not {self.sink}.")
-        if self.block < 1:
-            raise UsageError(f"pevlm:block must be at least 1, not {self.block}.")
+        check_units(self.name, sink=self.sink, block=self.block)
 
     @classmethod
     def examples(cls) -> list[Pevlm]:
@@ -59,66 +57,43 @@ class Pevlm(Method):
             cls(sink=0, block=1),
             cls(sink=1, block=1),
             cls(sink=0, block=2, remainder="head"),
+            cls(sink=5, block=5, unit="token"),
             cls(sink=0, block=1, positions="reused"),
+            cls(sink=0, block=1, positions="reused-1d"),
         ]
 
     @classmethod
     def neutral(cls) -> Pevlm:
-        return cls(sink=0, block=10**6)  # one block: the mask is causal
+        return cls(sink=0, block=10**6)  # one block: causal attention
 
-    def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
-        from vlmbench.kernels.block_attention import is_fast, make_plan
+    def plan(self, prompt: Prompt, trace: Trace) -> Plan | None:
+        from vlmbench.kernels.block_attention import make_plan
 
-        units = prompt.layout.units
-        if not units:
-            trace.inactive("the prompt has no frames")
-            return prompt
-        sink = min(8, max(1, len(units) // 10)) if self.sink is None else self.sink
+        units, sink = self._units(prompt)
         plan = make_plan(units, prompt.length, sink=sink, block=self.block, remainder=self.remainder)
         if plan is None:
-            trace.inactive(f"the sink of {sink} units holds the whole video of {len(units)}")
-            return prompt
-        if len(plan.blocks) == 1:
+            trace.inactive(f"the sink holds the whole video of {len(prompt.layout.units)} units")
+        elif len(plan.blocks) == 1 and self.positions == "sequential":
             trace.inactive("one block: equals full attention")
-        trace.facts["masked"] = not is_fast(prompt.embeds.device)
-        trace.facts["plan"] = {"sink": plan.sink, "blocks": [list(edges) for edges in plan.blocks]}
-        if self.positions == "reused":
-            prompt = replace(prompt, positions=_reused(prompt.positions, plan))
-        return replace(prompt, extras={**prompt.extras, "block_plan": plan})
+        return plan
 
-    def install(self, patch: Patcher, trace: Trace) -> None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    def _units(self, prompt: Prompt) -> tuple[Sequence[tuple[int, int]], int]:
+        """(what is grouped into blocks, how many of them are the sink)."""
+        frames = prompt.layout.units
+        if self.unit == "frame":
+            return frames, min(8, max(1, len(frames) // 10)) if self.sink is None else self.sink
+        # By default the text before the video alone.
+        first = frames[0].start if self.sink is None else self.sink
+        return [(i, i + 1) for i in range(frames[-1].stop)], first
 
-        from vlmbench.kernels.block_attention import block_attention
-
-        def attend(
-            module: nn.Module,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            mask: Tensor | None,
-            *,
-            block_plan: Plan | None = None,
-            scaling: float | None = None,
-            **kwargs: Any,
-        ) -> tuple[Tensor, None]:
-            if block_plan is None:  # decode, or nothing to split
-                return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
-            return block_attention(q, k, v, block_plan, scale=scaling).transpose(1, 2).contiguous(), None
-
-        patch.attention(attend)
-
-    def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
-        dense = super().work(prompt, shapes, trace)
-        plan = prompt.extras.get("block_plan")
-        return dense if plan is None else replace(dense, pairs=(plan.pairs,) * shapes.layers)
-
-
-def _reused(positions: Tensor, plan: Plan) -> Tensor:
-    """Shift every block so that it starts where the first one does: the only axis, or the temporal one of three."""
-    positions = positions.clone()
-    axis = positions[0] if positions.dim() == 2 else positions[0, 0]
-    first = int(axis[plan.blocks[0][0]])
-    for start, stop in plan.blocks:
-        axis[start:stop] -= int(axis[start]) - first
-    return positions
+    def place(self, prompt: Prompt, plan: Plan) -> Prompt:
+        if self.positions == "sequential":
+            return prompt
+        positions = prompt.positions
+        if self.positions == "reused-1d" and positions.dim() == 3:
+            # All axes count tokens up to the tail, which keeps its own.
+            positions = positions.clone()
+            positions[..., : plan.tail] = positions.new_tensor(range(plan.tail))
+            flat = reuse_positions(positions[0], plan)
+            return replace(prompt, positions=flat.expand_as(positions))
+        return replace(prompt, positions=reuse_positions(positions, plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, Literal, NamedTuple
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Videos that tests render are gone with them, and never the user's own.
+_media = tempfile.TemporaryDirectory(prefix="vlmbench-tests-")
+os.environ["VLMBENCH_CACHE"] = _media.name
 
 import pytest
 from hypothesis import settings

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from vlmbench.kernels.block_attention import Plan, blocks, is_fast, make_plan
+from vlmbench.kernels.block_attention.adaptive import adaptive_attention
+from vlmbench.kernels.block_attention.dense import attend
 from vlmbench.kernels.block_attention.reference import block_attention
 from vlmbench.live import LiveStorages
 
@@ -27,7 +29,7 @@ def planned(draw: Any) -> tuple[list[tuple[int, int]], int, Plan | None, dict[st
     options = {
         "sink": draw(st.integers(0, 14)),
         "block": draw(st.integers(1, 14)),
-        "remainder": draw(st.sampled_from(["tail", "head"])),
+        "remainder": draw(st.sampled_from(["tail", "head", "last"])),
     }
     length = cursor + suffix
     return units, length, make_plan(units, length, **options), options
@@ -47,7 +49,7 @@ def test_regions_partition_the_prompt_on_unit_edges(case: Any) -> None:
         cursor = stop
     assert plan.tail == cursor <= units[-1][1] < length  # no suffix token in a block, and a tail that is never empty
     assert plan.sink == units[options["sink"]][0]
-    if options["remainder"] == "head":
+    if options["remainder"] != "tail":
         assert plan.tail == units[-1][1]
 
 
@@ -192,6 +194,36 @@ def test_the_fast_path_refuses_what_it_would_get_wrong() -> None:
         blocks.block_attention(q, q, q, plan)
     with pytest.raises(ValueError, match="for 5 tokens"):
         blocks.block_attention(q[:1, :, :4], q[:1, :, :4], q[:1, :, :4], plan)
-    meta = q[:1].to("meta")
-    with pytest.raises(ValueError, match="meta"):
-        blocks.block_attention(meta, meta, meta, plan)
+
+
+@given(planned(), st.floats(0.5, 2), st.floats(0.5, 2))
+def test_adaptive_attention_is_its_formula(case: Any, temperature: float, scale: float) -> None:
+    """Against softmax written out in float64: context scores over T, the context's weight to the power s · T."""
+    _, length, plan, _ = case
+    if plan is None or plan.tail == 0:
+        return
+    q, k, v = qkv(length)
+    rows, context = q[:, :, plan.tail :], (plan.sink, plan.tail)
+    ours = adaptive_attention(rows, k, v, context, temperature=temperature, scale=scale, scaling=0.25)
+    wide, values = (x.double().repeat_interleave(2, 1) for x in (k, v))
+    scores = 0.25 * rows.double() @ wide.transpose(-1, -2)
+    i, j = torch.arange(plan.tail, length)[:, None], torch.arange(length)[None]
+    inside = (j >= plan.sink) & (j < plan.tail)
+    own = scores.masked_fill(inside | (j > i), float("-inf"))
+    far = (scores / temperature).masked_fill(~inside, float("-inf"))
+    lse = far.logsumexp(-1, keepdim=True)
+    weights = own.exp() + (far - lse).exp() * (lse * scale * temperature).exp()
+    theirs = weights @ values / weights.sum(-1, keepdim=True)
+    # float32 rounding of sums of at most 60 terms near one.
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+
+
+def test_dense_attention_without_a_kernel_is_the_same() -> None:
+    """float16 has no CPU kernel that returns its log-sum-exp; the written-out path is what other devices take too."""
+    q, k, v = qkv(20)
+    for causal in (True, False):
+        fast, fast_lse = attend(q, k, v, causal=causal, scale=0.25)
+        plain, plain_lse = attend(q.half(), k.half(), v.half(), causal=causal, scale=0.25)
+        # Three significant digits of float16, at values near one.
+        torch.testing.assert_close(plain.float(), fast, rtol=0, atol=5e-3)
+        torch.testing.assert_close(plain_lse, fast_lse, rtol=0, atol=5e-3)

@@ -14,12 +14,15 @@ from vlmbench.engine import generate
 from vlmbench.errors import UsageError
 from vlmbench.layout import Prompt
 from vlmbench.method import Method
+from vlmbench.methods.ape import Ape
 from vlmbench.methods.blind import Blind
+from vlmbench.methods.block import Block
 from vlmbench.methods.downsample import Downsample
 from vlmbench.methods.full import Full
 from vlmbench.methods.pevlm import Pevlm
 from vlmbench.methods.prior import Prior
 from vlmbench.methods.random import Random
+from vlmbench.methods.star import Star
 from vlmbench.methods.uniform import Uniform
 from vlmbench.trace import Trace
 
@@ -200,6 +203,48 @@ def test_reused_positions_repeat_the_first_blocks_and_leave_the_tail(adapter: An
     assert torch.equal(changed.positions[..., tail:], prompt.positions[..., tail:])
     if changed.positions.dim() == 3:
         assert torch.equal(changed.positions[1:], prompt.positions[1:])
+
+
+def regions(prompt: Prompt, groups: list[int], sink_stop: int) -> torch.Tensor:
+    """Region of every token: 0 below `sink_stop`, the group number of its unit, and -1 behind the last unit."""
+    region = torch.full((prompt.length,), -1)
+    for unit, group in zip(prompt.layout.units, groups, strict=True):
+        region[unit.start : unit.stop] = group
+    region[:sink_stop] = 0
+    return region
+
+
+def test_block_is_the_stock_model_when_no_block_sees_another(adapter: Any, clip: Any) -> None:
+    prompt = spliced(adapter, [clip(12)])
+    units = prompt.layout.units
+    region = regions(prompt, [1 + i // 2 for i in range(len(units))], 0)
+    region[: units[0].start] = 1  # the text before the video belongs to the first block
+    done = answer(adapter, Block(block=2), [clip(12)])
+    same(done.first_logits, by_hand(adapter, prompt, list(range(prompt.length)), rule(region)))
+
+
+def test_star_is_the_stock_model_when_blocks_see_the_first(adapter: Any, clip: Any) -> None:
+    prompt = spliced(adapter, [clip(12)])
+    units = prompt.layout.units
+    region = regions(prompt, [i // 2 for i in range(len(units))], units[2].start)
+    done = answer(adapter, Star(block=2), [clip(12)])
+    same(done.first_logits, by_hand(adapter, prompt, list(range(prompt.length)), rule(region)))
+
+
+def test_ape_without_its_weights_is_the_stock_model_at_reused_positions(adapter: Any, clip: Any) -> None:
+    prompt = spliced(adapter, [clip(12)])
+    units = prompt.layout.units
+    region = regions(prompt, [1 + i // 2 for i in range(len(units))], units[0].start)
+    positions = prompt.positions.clone()
+    axis = positions[0] if positions.dim() == 2 else positions[0, 0]
+    before = int(axis[: units[-1].stop].max())
+    for first in range(0, len(units), 2):
+        last = min(first + 2, len(units)) - 1
+        axis[units[first].start : units[last].stop] -= int(axis[units[first].start]) - int(axis[units[0].start])
+    positions[..., units[-1].stop :] -= before - int(axis[: units[-1].stop].max())
+    moved = replace(prompt, positions=positions)
+    done = answer(adapter, Ape(block=2, temperature=1.0, scale=1.0), [clip(12)])
+    same(done.first_logits, by_hand(adapter, moved, list(range(prompt.length)), rule(region)))
 
 
 def test_prior_is_the_commonest_training_answer() -> None:

@@ -23,6 +23,7 @@ from vlmbench.errors import RunError, UsageError
 DEMO_METHODS = ("pevlm", "uniform:ratio=0.5", "random:ratio=0.5", "blind", "prior")
 DEMO_SUITE = "synthvideo:length=32"
 DEMO_LIMIT = 24
+DEMO_TIMED = 4
 
 app = typer.Typer(
     help="Compare acceleration methods for vision-language models on the same samples.",
@@ -64,9 +65,7 @@ def top(version: Annotated[bool, typer.Option("--version", help="Print the versi
 @app.command()
 def run(
     model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(metavar="SPEC", help="Repeat to compare; + joins into one.")
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Repeat it to compare.")] = None,
     suite: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: synthvideo.")] = None,
     limit: Annotated[
         int | None, typer.Option(help="Samples, taken evenly over lengths and types. Default: all.")
@@ -83,14 +82,16 @@ def run(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. Default: the suite's.")] = None,
     warmup: Annotated[int, typer.Option(help="Latency rounds before the first that counts.")] = 1,
     repeats: Annotated[int, typer.Option(help="Latency rounds that count.")] = 3,
-    timed: Annotated[int, typer.Option(help="Videos that latency and memory are measured on.")] = 8,
+    timed: Annotated[
+        int | None, typer.Option(help="Videos that latency and memory are measured on. Default: 8.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the weights.")] = None,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     out: Annotated[Path, typer.Option(help="Results folder; a run found there is resumed.")] = Path("runs"),
-    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Run with the data that is there.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop stored records of this run first.")] = False,
@@ -119,7 +120,7 @@ def run(
         max_new_tokens=max_new_tokens,
         warmup=warmup,
         repeats=repeats,
-        timed=timed,
+        timed=timed if timed is not None else DEMO_TIMED if demo else 8,
         threads=threads,
         device=device,
         dtype=dtype,

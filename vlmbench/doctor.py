@@ -196,7 +196,9 @@ def _network() -> Iterator[Row]:
 
 
 def _disk(out: Path) -> Iterator[Row]:
-    for name, path in (("cache", _hub_cache()), ("out", out)):
+    from vlmbench.suites._synth.files import cache_root
+
+    for name, path in (("hub cache", _hub_cache()), ("videos", cache_root()), ("out", out)):
         there = path.absolute()
         while not there.exists():  # free space is a property of the nearest folder that exists
             there = there.parent

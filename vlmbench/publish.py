@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 HEAD = "| method | visual tokens | accuracy | against full | same answer | prefill × | end to end × | KV, MiB | marks |"
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """A short Markdown table of comparable rows, and the line that says what they were measured on."""
     first = rows[0]
     lines = [HEAD, "| --- |" + " ---: |" * (HEAD.count("|") - 3) + " --- |"]

@@ -1,76 +1,65 @@
 """Block attention that computes only the pairs the plan allows: dense calls joined by log-sum-exp, no mask, no copied sink.
 
-Every region is one or two dense attention calls: itself (causal) and what it sees before itself (not causal). Two results
-o1, o2 with log-sum-exps l1, l2 over disjoint keys join as o2 + σ(l1 − l2) · (o1 − o2). All blocks of one size go through one
-batched call, and the queries of all blocks read the sink in a single one, so that its keys are never repeated.
+Every region is one or two dense attention calls: itself (causal) and what it sees before itself (not causal). All blocks of
+one size go through one batched call, and the queries of all blocks read the sink in a single one, so that its keys are
+never repeated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from vlmbench.kernels.block_attention.dense import attend, join
 from vlmbench.kernels.block_attention.plan import Plan
-
-Attend = Callable[[Tensor, Tensor, Tensor, bool, float], tuple[Tensor, Tensor]]
-"""``(q [B,H,n,D], k [B,H,m,D], v, causal, scale) -> (out [B,H,n,D], log-sum-exp [B,H,n])``."""
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None) -> Tensor:
     """``q [1, H, N, D]``, ``k, v [1, Hkv, N, D]`` with H a multiple of Hkv; returns ``[1, H, N, D]``.
 
-    Raises `ValueError` when N is not the plan's length, the batch is not one, or the device has no dense attention that
-    returns its log-sum-exp.
+    Raises `ValueError` when N is not the plan's length or the batch is not one.
     """
     if q.shape[2] != plan.length or k.shape[2] != plan.length:
         raise ValueError(f"the plan is for {plan.length} tokens; q has {q.shape[2]} and k has {k.shape[2]}")
     if q.shape[0] != 1:
         raise ValueError(f"a plan is of one prompt; the batch is {q.shape[0]}")
-    attend = _attend(q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = torch.empty_like(q)
-    groups = q.shape[1] // k.shape[1]
-    # Head g of every group reads the same keys: going through the groups keeps keys at Hkv heads instead of repeating them.
-    for g in range(groups):
-        _one_head_each(q[:, g::groups], k, v, plan, scale, attend, out[:, g::groups])
+    before, tail = slice(0, plan.tail), slice(plan.tail, plan.length)
+    own = attend(q[:, :, tail], k[:, :, tail], v[:, :, tail], causal=True, scale=scale)
+    if plan.tail:
+        own = join(*own, *attend(q[:, :, tail], k[:, :, before], v[:, :, before], causal=False, scale=scale))
+    return torch.cat([before_tail(q, k, v, plan, scale), own[0]], dim=2)
+
+
+def before_tail(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """Sink and blocks alone: ``[1, H, tail, D]``."""
+    out = q.new_empty(*q.shape[:2], plan.tail, q.shape[3])
+    if plan.sink:
+        sink = slice(0, plan.sink)
+        out[:, :, sink], _ = attend(q[:, :, sink], k[:, :, sink], v[:, :, sink], causal=True, scale=scale)
+    if plan.blocks:
+        out[:, :, plan.sink :] = _within_blocks(q, k, v, plan, scale)
     return out
 
 
-def _one_head_each(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, attend: Attend, out: Tensor) -> None:
-    """The same for H = Hkv, into `out`."""
-    sink, tail = slice(0, plan.sink), slice(plan.tail, plan.length)
-    if plan.sink:
-        out[:, :, sink] = attend(q[:, :, sink], k[:, :, sink], v[:, :, sink], True, scale)[0]
-    blocks = slice(plan.sink, plan.tail)
-    own, own_lse = _within_blocks(q, k, v, plan, scale, attend)
-    if plan.sink and plan.blocks:
-        seen, seen_lse = attend(q[:, :, blocks], k[:, :, sink], v[:, :, sink], False, scale)
-        own = _join(own, own_lse, seen, seen_lse)
-    out[:, :, blocks] = own
-    before = slice(0, plan.tail)
-    own, own_lse = attend(q[:, :, tail], k[:, :, tail], v[:, :, tail], True, scale)
-    if plan.tail:
-        seen, seen_lse = attend(q[:, :, tail], k[:, :, before], v[:, :, before], False, scale)
-        own = _join(own, own_lse, seen, seen_lse)
-    out[:, :, tail] = own
-
-
-def _within_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, attend: Attend) -> tuple[Tensor, Tensor]:
-    """Causal attention inside every block: ``[1, H, tail - sink, D]`` and its log-sum-exp."""
-    shape = (*q.shape[:2], plan.tail - plan.sink)
-    out, lse = q.new_empty(*shape, q.shape[3]), q.new_empty(*shape, dtype=torch.float32)
+def _within_blocks(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> Tensor:
+    """What the blocks' queries see, themselves and the sink: ``[1, H, tail - sink, D]``."""
+    parts = []
     for start, stop, size in _runs(plan):
-
-        def rows(x: Tensor, start: int = start, stop: int = stop, size: int = size) -> Tensor:
-            return x[0, :, start:stop].unflatten(1, (-1, size)).transpose(0, 1)  # [blocks, H, size, D], a view
-
-        one, one_lse = attend(rows(q), rows(k), rows(v), True, scale)
-        there = slice(start - plan.sink, stop - plan.sink)
-        out[0, :, there] = one.transpose(0, 1).flatten(1, 2)
-        lse[0, :, there] = one_lse.transpose(0, 1).flatten(1, 2)
-    return out, lse
+        shape = (-1, size)
+        rows = [
+            x[0, :, start:stop].unflatten(1, shape).transpose(0, 1) for x in (q, k, v)
+        ]  # [blocks, H, size, D], views
+        out, lse = attend(*rows, causal=True, scale=scale)
+        parts.append((out.transpose(0, 1).flatten(1, 2)[None], lse.transpose(0, 1).flatten(1, 2)[None]))
+    own, own_lse = (
+        parts[0] if len(parts) == 1 else (torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2))
+    )
+    if plan.sink:
+        sink, middle = slice(0, plan.sink), slice(plan.sink, plan.tail)
+        seen = attend(q[:, :, middle], k[:, :, sink], v[:, :, sink], causal=False, scale=scale)
+        own, _ = join(own, own_lse, *seen)
+    return own
 
 
 def _runs(plan: Plan) -> list[tuple[int, int, int]]:
@@ -83,20 +72,3 @@ def _runs(plan: Plan) -> list[tuple[int, int, int]]:
         else:
             found.append((start, stop, size))
     return found
-
-
-def _join(a: Tensor, a_lse: Tensor, b: Tensor, b_lse: Tensor) -> Tensor:
-    """Attention over the keys of both, from attention over the keys of each."""
-    return torch.lerp(b, a, torch.sigmoid(a_lse - b_lse)[..., None].to(a.dtype))
-
-
-def _attend(device: torch.device) -> Attend:
-    if device.type == "cpu":
-        return _cpu
-    raise ValueError(f"no dense attention with a log-sum-exp is known for {device.type}; use the reference")
-
-
-def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel behind SDPA on the CPU, called by its own name because SDPA does not hand out the log-sum-exp."""
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    return out, lse

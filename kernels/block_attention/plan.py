@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Remainder = Literal["tail", "head", "last"]
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,26 @@ class Plan:
 
 
 def make_plan(
-    units: Sequence[tuple[int, int]], length: int, *, sink: int, block: int, remainder: str = "tail"
+    units: Sequence[tuple[int, int]], length: int, *, sink: int, block: int, remainder: Remainder = "tail"
 ) -> Plan | None:
     """Group temporal units ``[start, stop)`` into a sink of `sink` units and blocks of `block` units.
 
-    Units left over go to the tail, or (``remainder="head"``) form a first, smaller block. A block of more units than there
-    are is cut to what there is. None when no unit is left for a block.
+    Units left over go to the tail, or form a smaller block: the first one (``head``) or the last one (``last``). A block of
+    more units than there are is cut to what there is. None when no unit is left for a block.
     """
     sink = min(sink, len(units))
     rest = units[sink:]
     if not rest:
         return None
     block = min(block, len(rest))
-    first = len(rest) % block if remainder == "head" else 0
-    starts = [0] if first else []
-    starts += range(first, len(rest) - block + 1, block)
-    stops = [first] if first else []
-    stops += [start + block for start in range(first, len(rest) - block + 1, block)]
-    blocks = tuple((rest[a][0], rest[b - 1][1]) for a, b in zip(starts, stops, strict=True))
-    return Plan(rest[0][0], blocks, length)
+    left = len(rest) % block
+    sizes = [block] * (len(rest) // block)
+    if left and remainder == "head":
+        sizes.insert(0, left)
+    elif left and remainder == "last":
+        sizes.append(left)
+    edges = [0, *accumulate(sizes)]
+    return Plan(rest[0][0], tuple((rest[a][0], rest[b - 1][1]) for a, b in pairwise(edges)), length)
 
 
 def _causal(n: int) -> int:
