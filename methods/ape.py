@@ -54,11 +54,15 @@ class Ape(ParallelEncoding):
     def neutral(cls) -> Ape:
         return cls(block=10**6, temperature=1.0, scale=1.0)
 
+    @property
+    def plain(self) -> bool:
+        return self.temperature == self.scale == 1
+
     def plan(self, prompt: Prompt, trace: Trace) -> Plan | None:
         from vlmbench.kernels.block_attention import make_plan
 
         plan = make_plan(prompt.layout.units, prompt.length, sink=0, block=self.block, remainder="last")
-        if plan is not None and len(plan.blocks) == 1 and self.temperature == self.scale == 1:
+        if plan is not None and len(plan.blocks) == 1 and self.plain:
             trace.inactive("one block, temperature and scale 1: equals full attention")
         return plan
 
@@ -71,7 +75,6 @@ class Ape(ParallelEncoding):
         return replace(prompt, positions=positions, next_position=prompt.next_position - back)
 
     def install(self, patch: Patcher, trace: Trace) -> None:
-        import torch
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from vlmbench.kernels.block_attention.adaptive import adaptive_attention
@@ -101,8 +104,8 @@ class Ape(ParallelEncoding):
             if block_plan is None:
                 out = adaptive_attention(q, k, v, context, **weigh)
             else:
-                tail = adaptive_attention(q[:, :, plan.tail :], k, v, context, **weigh)
-                out = torch.cat([before_tail(q, k, v, plan, scaling), tail], dim=2)
+                out = before_tail(q, k, v, plan, scale=scaling)
+                out[:, :, plan.tail :] = adaptive_attention(q[:, :, plan.tail :], k, v, context, **weigh)
             return out.transpose(1, 2).contiguous(), None
 
         patch.attention(attention)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from vlmbench.kernels.block_attention import Plan, blocks, is_fast, make_plan
 from vlmbench.kernels.block_attention.adaptive import adaptive_attention
-from vlmbench.kernels.block_attention.dense import attend
+from vlmbench.kernels.block_attention.dense import attend, causal_blocks
 from vlmbench.kernels.block_attention.reference import block_attention
 from vlmbench.live import LiveStorages
 
@@ -222,8 +222,19 @@ def test_dense_attention_without_a_kernel_is_the_same() -> None:
     """float16 has no CPU kernel that returns its log-sum-exp; the written-out path is what other devices take too."""
     q, k, v = qkv(20)
     for causal in (True, False):
-        fast, fast_lse = attend(q, k, v, causal=causal, scale=0.25)
-        plain, plain_lse = attend(q.half(), k.half(), v.half(), causal=causal, scale=0.25)
+        fast, fast_lse = attend(q[:, :2], k, v, causal=causal, scale=0.25)
+        plain, plain_lse = attend(q[:, :2].half(), k.half(), v.half(), causal=causal, scale=0.25)
         # Three significant digits of float16, at values near one.
         torch.testing.assert_close(plain.float(), fast, rtol=0, atol=5e-3)
         torch.testing.assert_close(plain_lse, fast_lse, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("size", [96, 256, 512, 1024, 514])
+def test_halved_causal_blocks_are_causal_attention(size: int) -> None:
+    torch.manual_seed(size)
+    q, k, v = (torch.randn(3, 2, size, 8) for _ in range(3))
+    whole = attend(q, k, v, causal=True, scale=0.3)
+    halved = causal_blocks(q, k, v, scale=0.3)
+    # float32 rounding of averages of values near one.
+    torch.testing.assert_close(halved.out, whole.out, rtol=0, atol=5e-6)
+    torch.testing.assert_close(halved.lse, whole.lse, rtol=0, atol=1e-5)

@@ -49,6 +49,10 @@ class Listing(StrEnum):
     json = "json"
 
 
+class BenchOp(StrEnum):
+    attention = "attention"
+
+
 class TableFormat(StrEnum):
     md = "md"
     csv = "csv"
@@ -179,6 +183,50 @@ def rescore(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A result
     from vlmbench import report
 
     print(report.rescore(folder))
+    return 0
+
+
+@app.command()
+def bench(
+    op: Annotated[BenchOp, typer.Argument(help="What is timed.")],
+    method: Annotated[str, typer.Option(metavar="SPEC", help="The method whose operation is timed.")],
+    frames: Annotated[int, typer.Option(help="Temporal units of the made-up video.")] = 64,
+    frame_tokens: Annotated[int, typer.Option(help="Tokens of each.")] = 64,
+    tokens: Annotated[
+        str | None, typer.Option(metavar="N/N", help="Prompt lengths instead of --frames, one row each.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(metavar="PRESET", help="Heads of a published model.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
+    kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds that count.")] = 7,
+    check: Annotated[bool, typer.Option("--check", help="Compare with float64 first; no ratio on a mismatch.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Time one operation of a method against the best dense kernel, in turns."""
+    from vlmbench import bench as benches
+
+    if rounds < 1:
+        raise UsageError(f"--rounds must be at least 1, not {rounds}.")
+    sizes = benches.shapes(
+        frames=frames,
+        frame_tokens=frame_tokens,
+        tokens=tokens,
+        preset=shape,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+    )
+    rows = [benches.attention(method, size, device=device, dtype=dtype, rounds=rounds, check=check) for size in sizes]
+    if format is Listing.json:
+        _print_rows(rows)
+    else:
+        print(benches.to_text(rows))
     return 0
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmbench.backend import Backend, Identity
 from vlmbench.errors import UsageError
+from vlmbench.request import DTYPES
 from vlmbench.spec import build, parse
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def load_backend(request: RunRequest, model: str) -> Backend:
     if request.threads:
         torch.set_num_threads(request.threads)
     torch.manual_seed(request.seed)
-    device = _device(request.device)
-    dtype = getattr(torch, request.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    device = pick_device(request.device)
+    dtype = pick_dtype(request.dtype, device)
     attention = _attention(request.attention, device)
     loaded = load(
         model,
@@ -90,7 +91,8 @@ def _kernel(name: str, adapter: ModelAdapter, heads: int, kv_heads: int, head_di
     return f"sdpa/{SDPBackend(choice).name.lower()}"
 
 
-def _device(name: str | None) -> torch.device:
+def pick_device(name: str | None) -> torch.device:
+    """The named device; by default CUDA where there is one. Raises `UsageError`."""
     import torch
 
     if name is None:
@@ -104,6 +106,15 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name} is not here ({torch.cuda.device_count()} CUDA devices); use --device cpu.")
     return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named dtype; by default bfloat16 on CUDA and float32 elsewhere. Raises `UsageError`."""
+    import torch
+
+    if name is not None and name not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def _attention(name: str, device: torch.device) -> str:

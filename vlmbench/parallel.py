@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class ParallelEncoding(Method):
     """Subclasses say which tokens form sink, blocks and tail (`plan`), and may change positions (`place`)."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether attention is softmax over what the plan allows, and nothing else; then `bench --check` can judge it."""
+        return True
+
     @abstractmethod
     def plan(self, prompt: Prompt, trace: Trace) -> Plan | None:
         """The plan of a prompt with frames; None, after ``trace.inactive``, when nothing can be split."""

@@ -7,9 +7,10 @@ joined with everything else. T = s = 1 is plain attention.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from vlmbench.kernels.block_attention.dense import attend, join
+from vlmbench.kernels.block_attention.dense import attend, join, join_into
 
 
 def adaptive_attention(
@@ -21,9 +22,14 @@ def adaptive_attention(
     """
     start, stop = context
     n, m = q.shape[2], k.shape[2]
-    own = attend(q, k[:, :, m - n :], v[:, :, m - n :], causal=True, scale=scaling)
-    for before in (slice(0, start), slice(stop, m - n)):
-        if before.stop > before.start:
-            own = join(*own, *attend(q, k[:, :, before], v[:, :, before], causal=False, scale=scaling))
-    out, lse = attend(q, k[:, :, start:stop], v[:, :, start:stop], causal=False, scale=scaling / temperature)
-    return join(*own, out, lse * (scale * temperature))[0]
+    groups = q.shape[1] // k.shape[1]
+    joined = torch.empty_like(q)
+    for g in range(groups):  # head g of every group: keys stay at their own number of heads
+        rows = q[:, g::groups]
+        own = attend(rows, k[:, :, m - n :], v[:, :, m - n :], causal=True, scale=scaling)
+        for before in (slice(0, start), slice(stop, m - n)):
+            if before.stop > before.start:
+                own = join(own, attend(rows, k[:, :, before], v[:, :, before], causal=False, scale=scaling))
+        out, lse = attend(rows, k[:, :, start:stop], v[:, :, start:stop], causal=False, scale=scaling / temperature)
+        join_into(joined[:, g::groups], own, (out, lse * (scale * temperature)))
+    return joined

@@ -29,18 +29,22 @@ class Plan:
         """First token of the tail, which is never empty."""
         return self.blocks[-1][1] if self.blocks else self.sink
 
-    @cached_property
-    def allow(self) -> Tensor:
-        """The visibility rule as a boolean ``[N, N]``: query i may see key j.
+    def visible(self, rows: Tensor) -> Tensor:
+        """Which keys the queries at `rows` ``[r]`` may see: boolean ``[r, N]``.
 
         ``j <= i`` and (i in the tail, or j in the sink, or both in the same block).
         """
-        allow = torch.zeros(self.length, self.length, dtype=torch.bool)
-        allow[:, : self.sink] = True
-        for start, stop in self.blocks:
-            allow[start:stop, start:stop] = True
-        allow[self.tail :] = True
-        return allow.tril_()
+        region = torch.full((self.length,), -1)  # the tail
+        region[: self.sink] = 0
+        for number, (start, stop) in enumerate(self.blocks, 1):
+            region[start:stop] = number
+        of_query, keys = region[rows][:, None], torch.arange(self.length)
+        return (keys <= rows[:, None]) & ((of_query == -1) | (region == 0) | (of_query == region))
+
+    @cached_property
+    def allow(self) -> Tensor:
+        """`visible` of every query: ``[N, N]``."""
+        return self.visible(torch.arange(self.length))
 
     @property
     def pairs(self) -> int:

@@ -201,6 +201,13 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def head_shape(preset: str) -> tuple[int, int, int]:
+    """(query heads, key and value heads, head size) of a preset's language model."""
+    text = _BUILDERS[preset]()[0].text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads, text.num_key_value_heads, head_dim
+
+
 def build(
     preset: str, *, layers: int | None, seed: int, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, Any]:
