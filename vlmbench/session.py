@@ -76,8 +76,8 @@ class Session:
                 if opened.repaired:
                     self.progress.note(opened.repaired)
                 self.entries.append(Entry(method, opened))
-        except BaseException:
-            self._open.close()
+        except BaseException as error:
+            self._open.__exit__(type(error), error, error.__traceback__)  # runs opened so far have not ended well
             raise
         return self
 

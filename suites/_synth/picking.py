@@ -31,7 +31,10 @@ def pick(scenes: Sequence[Scene], k: int, types: Sequence[str]) -> list[list[Que
             fewest = min(asked[kind] for kind in left)
             level = [kind for kind in left if asked[kind] == fewest]
             kind = level[int(rng.integers(len(level)))]
-            chosen.append(allowed[kind].pop(int(rng.integers(len(allowed[kind])))))
+            question = allowed[kind].pop(int(rng.integers(len(allowed[kind]))))
+            # Two draws of `which_first` may name the same events in the same order.
+            allowed[kind] = [left for left in allowed[kind] if left != question]
+            chosen.append(question)
             asked[kind] += 1
         picked.append(chosen)
     return picked
