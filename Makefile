@@ -33,7 +33,7 @@ tables: setup  ## the tables of the README, from the records in results/
 	$(BIN)/python -m vlmbench.publish
 
 results: setup  ## measure what results/cpu holds again (minutes; leave the machine alone meanwhile)
-	rm -rf runs/results
+	rm -rf runs/results && mkdir -p results/cpu
 	$(BIN)/vlmbench run --out runs/results
 	$(BIN)/vlmbench table runs/results --format json > results/cpu/demo.json
 	$(BIN)/vlmbench table runs/results > results/cpu/demo.md

@@ -49,25 +49,30 @@ class Downsample(Method):
                 f"tower's one input size; use axis=frames."
             )
 
-    def prepare_clip(self, clip: Clip) -> Clip:
-        if self.axis == "pixels":
-            return _smaller(clip, self.ratio)
-        total = len(clip.indices)
-        n = max(1, round(self.ratio * total))
-        kept = [int((i + 0.5) * total / n) for i in range(n)]
-        return replace(
-            clip,
-            frames=clip.frames[kept],
-            indices=tuple(clip.indices[i] for i in kept),
-            times_s=tuple(clip.times_s[i] for i in kept),
-        )
+    def prepare_clip(self, clip: Clip, trace: Trace) -> Clip:
+        less = _smaller(clip, self.ratio) if self.axis == "pixels" else _fewer(clip, self.ratio)
+        if less.frames.shape != clip.frames.shape:
+            trace.facts["downsampled"] = True
+        return less
 
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
         if not prompt.layout.n_visual:
             trace.inactive("the prompt has no visual tokens")
-        elif self.ratio == 1:
-            trace.inactive("the ratio keeps everything")
+        elif not trace.facts.get("downsampled"):
+            trace.inactive(f"the ratio keeps all {self.axis}")
         return prompt
+
+
+def _fewer(clip: Clip, ratio: float) -> Clip:
+    total = len(clip.indices)
+    n = max(1, round(ratio * total))
+    kept = [int((i + 0.5) * total / n) for i in range(n)]
+    return replace(
+        clip,
+        frames=clip.frames[kept],
+        indices=tuple(clip.indices[i] for i in kept),
+        times_s=tuple(clip.times_s[i] for i in kept),
+    )
 
 
 def _smaller(clip: Clip, ratio: float) -> Clip:

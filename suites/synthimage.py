@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from vlmbench.errors import UsageError
 from vlmbench.spec import nearest
 from vlmbench.suite import Media, Sample, Score, Suite
-from vlmbench.suites._synth.files import ensure, media_path
+from vlmbench.suites._synth.files import ensure, media_path, source_hash
 
 if TYPE_CHECKING:
     from vlmbench.suites._synth.scene import Scene
@@ -25,7 +25,7 @@ class SynthImage(Suite):
     name: ClassVar[str] = "synthimage"
     version: ClassVar[str] = "1"
     default_model: ClassVar[str] = "tiny-llava-ov"
-    max_new_tokens: ClassVar[int] = 12
+    max_new_tokens: ClassVar[int] = 24
 
     type: str | None = None
 
@@ -37,6 +37,10 @@ class SynthImage(Suite):
             raise UsageError(
                 f"synthimage:type must be one of {known}, not {self.type!r}.{nearest(self.type, IMAGE_TYPES)}"
             )
+
+    @property
+    def data_hash(self) -> str:
+        return source_hash()
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         from vlmbench.suites._synth.picking import pick

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from vlmbench.errors import UsageError
 from vlmbench.spec import nearest
 from vlmbench.suite import Media, Sample, Score, Suite
-from vlmbench.suites._synth.files import ensure, media_path
+from vlmbench.suites._synth.files import ensure, media_path, source_hash
 
 if TYPE_CHECKING:
     from vlmbench.suites._synth.scene import Scene
@@ -38,7 +38,7 @@ class SynthVideo(Suite):
     name: ClassVar[str] = "synthvideo"
     version: ClassVar[str] = "1"
     default_model: ClassVar[str] = "tiny-llava-ov"
-    max_new_tokens: ClassVar[int] = 12
+    max_new_tokens: ClassVar[int] = 24
 
     length: int | None = None
     type: str | None = None
@@ -66,6 +66,10 @@ class SynthVideo(Suite):
     @property
     def _lengths(self) -> tuple[int, ...]:
         return LENGTHS if self.length is None else (self.length,)
+
+    @property
+    def data_hash(self) -> str:
+        return source_hash()
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         return self._test if split == "test" else list(self._make("train"))

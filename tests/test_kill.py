@@ -313,7 +313,7 @@ def test_a_cache_on_a_full_disk_ends_the_run_in_a_sentence_and_room_lets_it_fini
     done = cli("run", *FEW, "--limit", 6, "--out", out)
     assert done.code == 1
     assert str(tiny_disk) in done.err.splitlines()[-1]
-    assert "is full" in done.err.splitlines()[-1]
+    assert "cannot be written" in done.err.splitlines()[-1]
     kept = records(out)
     assert len(kept) < 6
     assert {record["status"] for record in kept.values()} <= {"ok", "parse_fail"}

@@ -166,7 +166,7 @@ def test_work_equals_what_hooks_counted(adapter: Any, clip: Any, method: Method)
 
     with torch.inference_mode(), method.attach(adapter) as trace:
         trace.reset("sample")
-        inputs = adapter.inputs([method.prepare_clip(clip(6))], "where ?")
+        inputs = adapter.inputs([method.prepare_clip(clip(6), trace)], "where ?")
         prompt = method.prepare(adapter.splice(inputs, adapter.encode_vision(inputs)), trace)
         handles = [layer.register_forward_pre_hook(layer_sees, with_kwargs=True) for layer in adapter.layers]
         handles += [layer.mlp.down_proj.register_forward_pre_hook(ffn_sees) for layer in adapter.layers]

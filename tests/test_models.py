@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vlmbench.cache import cache_bytes
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
 from vlmbench.methods.full import Full
+from vlmbench.models.base import Features
 from vlmbench.models.catalogue import PRESETS
 from vlmbench.models.loading import load
 from vlmbench.trace import Trace
@@ -181,3 +184,30 @@ def test_presets_have_the_published_size(preset: str, parameters: float) -> None
     # The published checkpoints are rounded to two digits in their cards; 3B and 2B tie their embeddings there.
     print(preset, sum(unique.values()))
     assert sum(unique.values()) == pytest.approx(parameters, rel=0.02)
+
+
+def test_positions_do_not_depend_on_the_weights_precision(clip: Any) -> None:
+    """Seconds a frame stay float32: in bfloat16 they would round the temporal positions of a long video."""
+    positions = []
+    long = replace(clip(64), fps=29.97)
+    for dtype in (torch.float32, torch.bfloat16):
+        adapter = load("mini-qwen2.5-vl@random", dtype=dtype, device="cpu", attention="sdpa").adapter
+        inputs = adapter.to_device(adapter.inputs([long], QUESTION))
+        assert inputs["pixel_values_videos"].dtype == dtype
+        positions.append(adapter.splice(inputs, Features()).positions)
+    assert torch.equal(*positions)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(adapter: Any, tmp_path: Path) -> None:
+    """The library would fill it with random numbers and go on."""
+    folder = tmp_path / "model"
+    adapter.processor.save_pretrained(folder)
+    adapter.model.config.save_pretrained(folder)
+    tensors = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
+    del tensors[next(name for name in tensors if "q_proj.weight" in name)]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="lacks the weights of 1 tensors"):
+        load(str(folder), dtype=torch.float32, device="cpu", attention="sdpa")
+    (folder / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(UsageError, match="does not load"):
+        load(str(folder), dtype=torch.float32, device="cpu", attention="sdpa")

@@ -142,10 +142,10 @@ def test_fewer_pixels_give_fewer_tokens_or_are_refused(adapter: Any, clip: Any) 
         with pytest.raises(UsageError, match="axis=frames"):
             method.check(adapter)
         return
-    small = method.prepare_clip(clip(4, side=64))
+    small = method.prepare_clip(clip(4, side=64), Trace())
     assert small.frames.shape == (4, 32, 32, 3)
     flat = replace(small, frames=np.full_like(small.frames, 9))
-    assert (Downsample(ratio=0.25, axis="pixels").prepare_clip(replace(flat)).frames == 9).all()
+    assert (Downsample(ratio=0.25, axis="pixels").prepare_clip(replace(flat), Trace()).frames == 9).all()
 
 
 @pytest.mark.parametrize("remainder", ["tail", "head"])

@@ -497,7 +497,8 @@ def test_a_larger_limit_contains_a_smaller_one(pairs: list[tuple[str, str]], one
     few, more = (limited(found, limit) for limit in sorted((one, other)))
     assert len(few) == min(one, other, len(found))
     assert {sample.id for sample in few} <= {sample.id for sample in more}
-    assert limited(found, None) == found
+    assert more == limited(found, None)[: len(more)]
+    assert {sample.id for sample in limited(found, None)} == {sample.id for sample in found}
 
 
 @given(strata, st.integers(1, 45))

@@ -93,7 +93,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the weights.")] = None,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random weights; methods have seeds of their own.")] = 0,
     out: Annotated[Path, typer.Option(help="Results folder; a run found there is resumed.")] = Path("runs"),
     data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Run with the data that is there.")] = False,

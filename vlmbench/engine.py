@@ -59,7 +59,7 @@ def generate(
     meter = meter or Meter()
     trace.reset(sample_id)
     meter.start()
-    inputs = adapter.inputs([method.prepare_clip(clip) for clip in clips], question)
+    inputs = adapter.inputs([method.prepare_clip(clip, trace) for clip in clips], question)
     meter.stage("preprocess")
     inputs = adapter.to_device(inputs)
     meter.stage("transfer")
@@ -156,6 +156,7 @@ class TorchBackend(Backend):
             applied=trace.applied,
             reason=trace.reason,
             tokens={"prompt": done.prompt.length, "visual": done.prompt.layout.n_visual},
+            trace=trace.to_json(),
         )
         if isinstance(meter, MemoryMeter):
             outcome.memory = meter.memory(*cache_bytes(done.cache))
@@ -163,7 +164,6 @@ class TorchBackend(Backend):
             outcome.raw_text = adapter.processor.tokenizer.decode(done.token_ids, skip_special_tokens=True)
             outcome.first_token = first_token(done.first_logits)
             outcome.work = work.to_json(method.work(done.prompt, adapter.shapes, trace), adapter.shapes)
-            outcome.trace = trace.to_json()
         return outcome
 
     def best_dense_kernel(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmbench.backend import Backend, Identity
@@ -105,6 +106,8 @@ def pick_device(name: str | None) -> torch.device:
         raise UsageError(f"--device must be cpu, cuda or cuda:N, not {name!r}.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name} is not here ({torch.cuda.device_count()} CUDA devices); use --device cpu.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # clocks and allocator counters read the current device
     return device
 
 
@@ -138,4 +141,6 @@ def _facts(adapter: ModelAdapter, device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"threads": torch.get_num_threads(), "shapes": dataclasses.asdict(adapter.shapes)}
     if device.type == "cuda":
         facts |= {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device))}
+        driver = Path("/proc/driver/nvidia/version")
+        facts["driver"] = driver.read_text().split("\n", 1)[0] if driver.exists() else None
     return facts

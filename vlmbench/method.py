@@ -84,7 +84,7 @@ class Method(ABC):
     def check(self, adapter: ModelAdapter) -> None:
         """Raise `UsageError` when this model cannot take the method."""
 
-    def prepare_clip(self, clip: Clip) -> Clip:
+    def prepare_clip(self, clip: Clip, trace: Trace) -> Clip:
         """Change the decoded frames before the processor sees them."""
         return clip
 

@@ -77,7 +77,11 @@ class ParallelEncoding(Method):
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
         dense = super().work(prompt, shapes, trace)
         plan = prompt.extras.get("block_plan")
-        return dense if plan is None else replace(dense, pairs=(plan.pairs,) * shapes.layers)
+        if plan is None:
+            return dense
+        if trace.facts.get("masked"):  # every pair is computed, those above the diagonal too
+            return replace(dense, pairs=(prompt.length**2,) * shapes.layers)
+        return replace(dense, pairs=(plan.pairs,) * shapes.layers)
 
 
 def check_units(name: str, **values: int | None) -> None:

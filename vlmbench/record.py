@@ -50,7 +50,7 @@ class Memory:
     peak_extra_bytes: int = 0
     """Above what was live before the sample."""
     kv_bytes: int = 0
-    """Keys and values in use after prefill."""
+    """Keys and values in use when the answer is done."""
     kv_reserved_bytes: int = 0
     process_peak_bytes: int = 0
     """High-water mark of the process (never falls)."""

@@ -66,7 +66,7 @@ class Registry:
         """First line of the plug-in's docstring, read without importing it (so that listing stays cheap)."""
         origin = self._loaders[name][0]
         path = Path(origin)
-        if not path.suffix:
+        if not path.is_absolute():  # an entry point's ``module:Class``
             return f"from {origin}"
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         return text.split("\n", 1)[0]

@@ -154,7 +154,7 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
         "cpu": run.spec["device_type"] == "cpu",
         "below-trivial": any(_beaten_by(run, other) for other in group),
         "masked": traits.get("masked", False)
-        or any((each.trace or {}).get("masked") for each in run.accuracy.values()),
+        or any((each.trace or {}).get("masked") for each in run.view.records.values()),
         "trained": traits.get("trained", False),
         "inactive>10%": not run.mostly_active,
     }

@@ -67,9 +67,7 @@ def rescore_run(run: Run, suite: Suite) -> Rescored:
         if not same or abs(value - record.score) > 1e-6:
             changed += 1
             run.append(
-                dataclasses.replace(
-                    record, status=status, prediction=prediction, score=value, answer=sample.answer, session=""
-                )
+                dataclasses.replace(record, status=status, prediction=prediction, score=value, answer=sample.answer)
             )
     if changed or suite_version(run.header) != suite.version:
         entry = {"time": now(), "suite_version": suite.version, "checked": checked, "changed": changed}

@@ -44,13 +44,13 @@ def run(request: RunRequest, progress: Progress) -> int:
 
 def accuracy(session: Session, entry: Entry) -> None:
     """Answer and score every sample that the run does not hold yet."""
-    done = entry.run.done("accuracy")
+    done = entry.run.done("accuracy", retry_errors=True)
     missing = [sample for sample in session.samples if sample.id not in done]
     if not missing:
         return
     with session.backend.attach(entry.method):
         for sample in session.each(missing, f"accuracy · {entry.method.name}"):
-            entry.run.append(_scored(session, entry.method, sample))
+            _append(entry, _scored(session, entry.method, sample))
 
 
 def _scored(session: Session, method: Method, sample: Sample) -> SampleRecord:
@@ -62,7 +62,7 @@ def _scored(session: Session, method: Method, sample: Sample) -> SampleRecord:
     outcome = session.ask(method, sample, clips, "accuracy")
     record = _filled(record, outcome)
     record.output_ids, record.raw_text = outcome.output_ids, outcome.raw_text
-    record.first_token, record.work, record.trace = outcome.first_token, outcome.work, outcome.trace
+    record.first_token, record.work = outcome.first_token, outcome.work
     if outcome.status == "ok":
         score = session.suite.score(sample, outcome.raw_text)
         record.score, record.prediction = score.value, score.prediction
@@ -73,7 +73,7 @@ def _scored(session: Session, method: Method, sample: Sample) -> SampleRecord:
 def latency(session: Session) -> None:
     """Time each video under every method in interleaved rounds; each record carries the baseline's rounds beside its own."""
     entries = [entry for entry in session.entries if entry.method.traits.uses_model]
-    done = [entry.run.done("latency") for entry in entries]
+    done = [entry.run.done("latency", retry_errors=True) for entry in entries]
     missing = [s for s in session.timed_samples() if any(s.id not in ids for ids in done)]
     if not missing:
         return
@@ -87,53 +87,52 @@ def latency(session: Session) -> None:
         for number, entry in enumerate(entries)
     ]
     runners |= {name: (entry.method, None) for name, entry in zip(names, entries, strict=True) if name.isdigit()}
+    session.clips(missing[0], session.blank(missing[0], "latency"))  # starts the decoder, which is no video's cost
     for sample in session.each(missing, "latency"):
         blank = session.blank(sample, "latency")
         clips = session.clips(sample, blank, timed=True)
         video_s = blank.timing.video_s if blank.timing else 0.0
-        rounds, failed = ({}, {}) if clips is None else _rounds(session, runners, sample, clips, video_s)
+        rounds, last = ({}, {}) if clips is None else _rounds(session, runners, sample, clips, video_s)
         for entry, name, ids in zip(entries, names, done, strict=True):
             if sample.id in ids:
                 continue
             record = replace(blank, timing=None)
-            if name in failed:
-                record = _filled(record, failed[name])
-            elif rounds.get(name):
+            if name in last:
+                record = _filled(record, last[name])
+            if record.status == "ok" and rounds.get(name):
                 record.rounds, record.timing = rounds[name], median_timing(rounds[name])
                 record.baseline_rounds = rounds["best"]
                 record.same_kernel_rounds = rounds.get("own", [])
-            entry.run.append(record)
+            _append(entry, record)
 
 
 def _rounds(
     session: Session, runners: dict[str, Runner], sample: Sample, clips: Sequence[Clip], video_s: float
 ) -> tuple[dict[str, list[Timing]], dict[str, Outcome]]:
-    """(timings of every runner, outcomes of those that failed). The order turns by one each round; warm-up is dropped."""
+    """(timings, last outcome) of every runner. The order turns by one each round; warm-up is dropped; who fails is out."""
     names = list(runners)
     rounds: dict[str, list[Timing]] = {name: [] for name in names}
-    failed: dict[str, Outcome] = {}
+    last: dict[str, Outcome] = {}
     for turn in range(session.request.warmup + session.request.repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            if name in failed:
+            if name in last and last[name].status != "ok":
                 continue
             method, kernel = runners[name]
             session.progress.stage(f"{method.name}, round {turn + 1}")
             with session.backend.attach(method):
-                outcome = session.ask(method, sample, clips, "latency", kernel)
-            if outcome.status != "ok" or outcome.timing is None:
-                failed[name] = outcome
-            elif turn >= session.request.warmup:
+                outcome = last[name] = session.ask(method, sample, clips, "latency", kernel)
+            if outcome.timing is not None and turn >= session.request.warmup:
                 whole = outcome.timing.e2e_s + video_s
                 rounds[name].append(replace(outcome.timing, video_s=video_s, e2e_s=whole))
-    return rounds, failed
+    return rounds, last
 
 
 def memory(session: Session, entry: Entry) -> None:
     """Peak and cache bytes of the timed videos, in a pass of their own."""
     if not entry.method.traits.uses_model:
         return
-    done = entry.run.done("memory")
+    done = entry.run.done("memory", retry_errors=True)
     missing = [sample for sample in session.timed_samples() if sample.id not in done]
     if not missing:
         return
@@ -145,7 +144,7 @@ def memory(session: Session, entry: Entry) -> None:
                 outcome = session.ask(entry.method, sample, clips, "memory")
                 record = _filled(record, outcome)
                 record.memory = outcome.memory
-            entry.run.append(record)
+            _append(entry, record)
 
 
 def conclude(session: Session) -> int:
@@ -166,10 +165,10 @@ def conclude(session: Session) -> int:
 
 def _refuse_if_idle(entry: Entry) -> None:
     """A method that had nothing to do on every sample was compared with itself: that is an error, not a result."""
-    records = [record for record in entry.run.records.of("accuracy").values() if record.status in FINISHED]
+    records = [record for record in entry.run.records.values() if record.status in FINISHED]
     if records and not any(record.applied for record in records):
         raise RunError(
-            f"{entry.method.name} had nothing to do on any of {len(records)} samples ({records[-1].reason}); "
+            f"{entry.method.name} had nothing to do on any of {len(records)} records ({records[-1].reason}); "
             f"choose other parameters or a suite that it can act on."
         )
 
@@ -185,6 +184,13 @@ def median_timing(rounds: Sequence[Timing]) -> Timing:
     return Timing(decode_s=tuple(median(step) for step in steps), **scalars)
 
 
+def _append(entry: Entry, record: SampleRecord) -> None:
+    """Write it, counting the attempts: a sample that failed in an earlier session is tried again."""
+    if (record.id, record.pass_) in entry.run.records:
+        record.attempts = entry.run.records[record.id, record.pass_].attempts + 1
+    entry.run.append(record)
+
+
 def _filled(record: SampleRecord, outcome: Outcome) -> SampleRecord:
     """The record with what every pass notes of an outcome."""
     return replace(
@@ -194,5 +200,6 @@ def _filled(record: SampleRecord, outcome: Outcome) -> SampleRecord:
         applied=outcome.applied,
         reason=outcome.reason,
         tokens=outcome.tokens,
+        trace=outcome.trace,
         timing=None,
     )

@@ -6,7 +6,9 @@ import errno
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmbench.backend import Outcome
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from vlmbench.video import Clip
 
 DECODE_TIMEOUT_S = 60.0
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""Faults of the place where videos are cached, not of a video."""
 
 
 @dataclass
@@ -46,6 +50,10 @@ class Session:
         self._open = ExitStack()
         self.suite = make_suite(request.suite)
         self.sampler = request.sampler or self.suite.default_sampler
+        if request.data_root is not None or request.allow_partial:
+            raise UsageError(
+                f"--data-root and --allow-partial mean nothing for {self.suite.name}: it makes its own media."
+            )
         if self.sampler not in SAMPLERS:
             raise UsageError(f"--sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}.")
         chosen = make_methods(request.methods)
@@ -100,11 +108,15 @@ class Session:
             self.progress.advance()
 
     def timed_samples(self) -> list[Sample]:
-        """The first question of each video, as many videos as are to be timed."""
+        """The first question of each video, as many videos as are to be timed, going round the lengths there are."""
         first: dict[str, Sample] = {}
         for sample in self.samples:
             first.setdefault(sample.cluster, sample)
-        return list(first.values())[: self.request.timed]
+        by_length: dict[str, list[Sample]] = {}
+        for sample in first.values():
+            by_length.setdefault(sample.strata.get("length", ""), []).append(sample)
+        rounds = zip_longest(*by_length.values())
+        return [sample for each in rounds for sample in each if sample is not None][: self.request.timed]
 
     def blank(self, sample: Sample, pass_: Pass) -> SampleRecord:
         return SampleRecord(
@@ -131,10 +143,10 @@ class Session:
             _fail(record, "timeout", error)
             return None
         except (DecodeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
                 raise RunError(
-                    f"The disk that holds {error.filename or 'the video cache'} is full: everything finished is kept; "
-                    f"free some space, and the same command goes on."
+                    f"{error.filename or 'The video cache'} cannot be written ({error.strerror}): everything finished is "
+                    f"kept; make room or name another folder in VLMBENCH_CACHE, and the same command goes on."
                 ) from error
             _fail(record, "decode_error", error)
             return None
@@ -217,9 +229,9 @@ class Session:
             device_name=self.backend.identity.device_name,
         )
         given = {
-            name: str(value) if name in ("out", "data_root") else value
-            for name, value in vars(request).items()
-            if value is not None
+            field.name: str(value) if isinstance(value, Path) else value
+            for field in fields(request)
+            if (value := getattr(request, field.name)) != field.default
         }
         return make_header(
             answer,
@@ -227,7 +239,9 @@ class Session:
             self.backend.identity,
             given,
             traits=method.traits,
-            frame_rule=f"{self.sampler}, {self.frames or 'all'} frames",
+            suite_hash=self.suite.data_hash,
+            frame_rule=f"{self.sampler}, {self.frames or 'all'} frames"
+            + (f", {request.fps:g} fps" if request.fps else ""),
         )
 
 

@@ -106,10 +106,9 @@ class Run:
         self._fd = -1
         self._lock = Lock(folder)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                if fresh:
-                    self._samples.unlink()
-                    (folder / "header.json").unlink()
+            if fresh:
+                self._samples.unlink(missing_ok=True)
+                (folder / "header.json").unlink(missing_ok=True)
             self.records = Records(self._samples)
             self.repaired = self._repair()
             """What was found damaged and put right on open, in a sentence; empty when nothing was."""

@@ -58,6 +58,11 @@ class Suite(ABC):
         """Frames a video when the user names none; None means all of them."""
         return None
 
+    @property
+    def data_hash(self) -> str:
+        """A short hash of what the samples are made of; it goes into the header."""
+        return ""
+
     @abstractmethod
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         """All samples in their canonical order, cheap (nothing is rendered or decoded)."""
@@ -79,12 +84,10 @@ class Suite(ABC):
 
 
 def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
-    """The first `limit` samples, round-robin over the strata, so that a small run sees every kind of question.
+    """The first `limit` samples (None: all), round-robin over the strata, so that a small run sees every kind of question.
 
     A larger limit always contains a smaller one: raising it resumes.
     """
-    if limit is None or limit >= len(samples):
-        return list(samples)
     groups: dict[tuple[tuple[str, str], ...], list[Sample]] = {}
     for sample in samples:
         groups.setdefault(tuple(sorted(sample.strata.items())), []).append(sample)
@@ -92,5 +95,7 @@ def limited(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
     turned = [
         group[(start := i * len(group) // len(groups)) :] + group[:start] for i, group in enumerate(groups.values())
     ]
-    order = [group[depth] for depth in range(max(map(len, turned))) for group in turned if depth < len(group)]
+    order = [
+        group[depth] for depth in range(max(map(len, turned), default=0)) for group in turned if depth < len(group)
+    ]
     return order[:limit]

@@ -165,16 +165,14 @@ class ModelAdapter(ABC):
         return {"videos": frames, "video_metadata": metadata, "do_sample_frames": False}
 
     def to_device(self, inputs: Inputs) -> Inputs:
-        """Tensors to the model's device; floating-point ones in its dtype."""
+        """Tensors to the model's device, pixels in its dtype (and nothing else: times in bfloat16 would round positions)."""
 
-        def move(value: Any) -> Any:
+        def move(value: Any, dtype: torch.dtype | None) -> Any:
             if isinstance(value, list):
-                return [move(each) for each in value]
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(self.device, self.dtype if value.is_floating_point() else None)
+                return [move(each, dtype) for each in value]
+            return value.to(self.device, dtype) if isinstance(value, Tensor) else value
 
-        return {key: move(value) for key, value in inputs.items()}
+        return {key: move(value, self.dtype if key.startswith("pixel") else None) for key, value in inputs.items()}
 
     @abstractmethod
     def encode_vision(self, inputs: Inputs) -> Features:

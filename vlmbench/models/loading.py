@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from vlmbench.errors import UsageError
@@ -78,6 +79,8 @@ def _pretrained(name: str, *, dtype: torch.dtype, device: str, revision: str | N
         source = str(SHIPPED[name])
     folder = Path(source)
     local = folder.is_dir()
+    if local and revision is not None:
+        raise UsageError(f"--revision {revision} means nothing for {name}, which lies on this disk; leave it out.")
     if not local and ("/" not in name or name.startswith((".", "/"))):
         raise UsageError(f"No model is called {name!r}, and no folder has that path.{suggestion(name)}")
     options: dict[str, Any] = {"trust_remote_code": False, "revision": None if local else revision}
@@ -86,16 +89,25 @@ def _pretrained(name: str, *, dtype: torch.dtype, device: str, revision: str | N
         config = AutoConfig.from_pretrained(source, local_files_only=offline, **options)
         family = family_of(config.model_type)
         processor = AutoProcessor.from_pretrained(source, local_files_only=offline, **options)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, local_files_only=offline, **options
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=offline,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
             raise UsageError(f"Folder {source} does not load as a checkpoint: {_first_line(error)}") from error
         raise UsageError(
             f"Model {name!r} is not on this machine and cannot be fetched ({_first_line(error)}); give a local folder "
             f"with its safetensors, processor and tokenizer files, or fill the hub cache on a machine with network access."
         ) from error
+    if lacking := sorted(report["missing_keys"]):  # transformers fills them with random numbers and goes on
+        raise UsageError(
+            f"{name} lacks the weights of {len(lacking)} tensors ({lacking[0]}, …); fetch the checkpoint again."
+        )
     commit = getattr(config, "_commit_hash", None)
     digest = folder_hash(folder) if local else hashlib.sha256(f"{name}@{commit}".encode()).hexdigest()
     return Loaded(family(model.to(device), processor), commit, digest)

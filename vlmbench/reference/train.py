@@ -1,0 +1,236 @@
+"""How a reference model is trained: stages in order, resumable at any step, one folder to ship at the end.
+
+python -m vlmbench.reference.train --model tiny-llava-ov --out DIR [--stages vision,language,long] [--seed 0]
+
+DIR/state.pt holds everything to go on from and is replaced atomically; DIR/tiny-llava-ov is the checkpoint folder,
+written after each stage. The batch of a step depends on seed, stage and step alone, so a resumed run ends with the same
+weights as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+from vlmbench.errors import UsageError
+from vlmbench.reference import hash_of
+from vlmbench.reference.build import TOKENS_PER_FRAME, make_model, make_tokenizer, save_folder
+from vlmbench.reference.data import VALIDATION_SEED, Pool, make_batch, make_pool
+from vlmbench.reference.evaluate import teacher_forced
+from vlmbench.reference.stages import (
+    STAGES,
+    Recipe,
+    Stage,
+    VisionHeads,
+    language_step,
+    pool_features,
+    settle,
+    vision_parameters,
+    vision_step,
+)
+from vlmbench.suites._synth.questions import VOCABULARY
+
+
+class Trainer:
+    """The model, where it stands, and the data; `run` takes it to the end of the named stages."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, pools: Path | None = None, workers: int = 2, device: str = "cpu"
+    ) -> None:
+        self.recipe, self.out, self.workers, self.device = recipe, out, workers, device
+        self.pool_folder = pools or out / "pools"
+        self.tokenizer = make_tokenizer(VOCABULARY)
+        self.model = make_model(self.tokenizer, recipe.seed).to(device)
+        torch.manual_seed(recipe.seed)
+        self.heads = VisionHeads(self.model.config.text_config.hidden_size).to(device)
+        self.stage, self.step, self.seconds = 0, 0, 0.0
+        self.optimizer_state: dict[str, Any] | None = None
+        self.curves: list[dict[str, Any]] = []
+        self._pools: dict[tuple[str, int], Pool] = {}
+        self._features: dict[tuple[str, int], torch.Tensor] = {}
+        if self.state_path.exists():
+            self._load()
+
+    @property
+    def state_path(self) -> Path:
+        return self.out / "state.pt"
+
+    def run(self, names: list[str], save_every: int = 250, log_every: int = 50) -> None:
+        known = [stage.name for stage in self.recipe.stages]
+        if unknown := [name for name in names if name not in known]:
+            raise UsageError(f"--stages {','.join(unknown)}: no such stage; there are {', '.join(known)}.")
+        if self.stage < len(known) and known[self.stage] not in names:
+            raise UsageError(f"--stages {','.join(names)}: {known[self.stage]} comes first in {self.out}; name it too.")
+        while self.stage < len(known) and known[self.stage] in names:
+            self._run_stage(self.recipe.stages[self.stage], save_every, log_every)
+            self.stage, self.step, self.optimizer_state = self.stage + 1, 0, None
+            self._save(None)
+            self.export()
+
+    def _run_stage(self, stage: Stage, save_every: int, log_every: int) -> None:
+        seeing = stage.name == "vision"
+        vision = [*vision_parameters(self.model), *self.heads.parameters()]
+        frozen = {id(parameter) for parameter in vision}
+        language = [parameter for parameter in self.model.parameters() if id(parameter) not in frozen]
+        self.model.train()
+        optimizer = torch.optim.AdamW(vision if seeing else language, lr=stage.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        if self.optimizer_state:
+            optimizer.load_state_dict(self.optimizer_state)
+        sums: dict[str, float] = {}
+        began, since = time.perf_counter(), self.step
+        while self.step < stage.steps:
+            rng = np.random.default_rng((self.recipe.seed, self.stage, self.step))
+            loss, seen = self._loss(stage, rng)
+            for group in optimizer.param_groups:
+                group["lr"] = stage.lr_at(self.step)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            optimizer.step()
+            self.step += 1
+            for name, value in {"loss": loss.item(), **seen}.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if self.step % log_every == 0 or self.step == stage.steps:
+                self.seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                means = {name: round(total / (self.step - since), 4) for name, total in sums.items()}
+                self._note({"stage": stage.name, "step": self.step, **means, "seconds": round(self.seconds, 1)})
+                sums, since = {}, self.step
+            if self.step % save_every == 0 and self.step < stage.steps:
+                if not seeing:
+                    self._note({"stage": stage.name, "step": self.step, "validation": self.validate(stage)})
+                self._save(optimizer)
+                began = time.perf_counter()
+        if seeing:
+            settle(self.model, self.pool(stage.phases[-1].pools[0]))
+        else:
+            self._note({"stage": stage.name, "step": self.step, "validation": self.validate(stage)})
+
+    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        phase = stage.phase_at(self.step)
+        kind = phase.pools[int(rng.integers(len(phase.pools)))]
+        pool = self.pool(kind)
+        if stage.name == "vision":
+            return vision_step(self.model, self.heads, pool, rng, stage.tokens // TOKENS_PER_FRAME)
+        features = self.features(kind)
+        clips = rng.integers(0, len(pool.scenes), min(24, max(4, stage.tokens // features.shape[1])))
+        span = stage.spans[int(rng.integers(len(stage.spans)))]
+        batch = make_batch(pool, clips, self.tokenizer, rng, phase.pairs, span, phase.types).to(self.device)
+        return language_step(self.model, features, batch)
+
+    def validate(self, stage: Stage) -> dict[str, dict[str, float]]:
+        """Accuracy by kind of clip and type of question, on kinds that are trained on at this point."""
+        self.model.eval()
+        result = {}
+        for kind in stage.phase_at(self.step - 1).pools:
+            features, pool = self.features(kind, VALIDATION_SEED), self.pool(kind, VALIDATION_SEED)
+            scores = teacher_forced(self.model, self.tokenizer, pool, features, len(pool.scenes))
+            result[kind] = {name: round(score, 3) for name, score in scores.items()}
+        self.model.train()
+        return result
+
+    def pool(self, kind: str, first_seed: int = 0) -> Pool:
+        key = (kind, first_seed)
+        if key not in self._pools:
+            size = self.recipe.validation if first_seed else self.recipe.pools[kind]
+            self._pools[key] = make_pool(self.pool_folder, kind, size, first_seed, self.workers)
+        return self._pools[key]
+
+    def features(self, kind: str, first_seed: int = 0) -> torch.Tensor:
+        """Of the frozen vision side; asked for only once it is trained."""
+        key = (kind, first_seed)
+        if key not in self._features:
+            self._features[key] = pool_features(self.model, self.pool(kind, first_seed))
+        return self._features[key]
+
+    def export(self) -> Path:
+        """The checkpoint folder of the model as it stands, replaced as a whole."""
+        folder = self.out / self.recipe.model
+        fresh = self.out / f".{self.recipe.model}.{os.getpid()}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        save_folder(self.model, VOCABULARY, fresh)
+        log = {
+            "model": self.recipe.model,
+            "seed": self.recipe.seed,
+            "recipe": dataclasses.asdict(self.recipe),
+            "stages_done": [stage.name for stage in self.recipe.stages[: self.stage]],
+            "seconds": round(self.seconds, 1),
+            "versions": {
+                "python": platform.python_version(),
+                **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)},
+            },
+            "weights_sha256": hash_of(fresh / "model.safetensors"),
+            "curves": self.curves,
+        }
+        (fresh / "training.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(fresh, folder)
+        return folder
+
+    def _note(self, line: dict[str, Any]) -> None:
+        self.curves.append(line)
+        print(json.dumps(line), flush=True)
+
+    def _fingerprint(self) -> str:
+        return json.dumps(dataclasses.asdict(self.recipe), sort_keys=True)
+
+    def _save(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = {
+            "recipe": self._fingerprint(),
+            "stage": self.stage,
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": optimizer.state_dict() if optimizer else None,
+            "curves": self.curves,
+        }
+        fresh = self.state_path.with_suffix(f".{os.getpid()}")
+        torch.save(state, fresh)
+        os.replace(fresh, self.state_path)
+
+    def _load(self) -> None:
+        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+        if state["recipe"] != self._fingerprint():
+            raise UsageError(
+                f"--out {self.out} holds a run of another recipe or seed; give an empty folder or that recipe."
+            )
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+        self.optimizer_state, self.curves = state["optimizer"], state["curves"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train a reference model; run again to resume.")
+    parser.add_argument("--model", choices=sorted(STAGES), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stages", help="comma-separated; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(args.model, STAGES[args.model], seed=args.seed)
+    names = args.stages.split(",") if args.stages else [stage.name for stage in recipe.stages]
+    try:
+        Trainer(recipe, args.out, device=args.device).run(names)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
