@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check tables results
+.PHONY: help setup demo test check tables results bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -39,3 +39,7 @@ results: setup  ## measure what results/cpu holds again (minutes; leave the mach
 	$(BIN)/vlmbench table runs/results > results/cpu/demo.md
 	$(BIN)/python -m vlmbench.overhead --out results/cpu/overhead.json
 	$(BIN)/python -m vlmbench.publish
+
+bench: setup  ## the fixed CPU workloads of attention against the best dense kernel (minutes)
+	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
+	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json

@@ -20,10 +20,10 @@ import typer
 from vlmbench import __version__
 from vlmbench.errors import RunError, UsageError
 
-DEMO_METHODS = ("pevlm", "uniform:ratio=0.5", "random:ratio=0.5", "blind", "prior")
+DEMO_METHODS = ("pevlm", "block", "uniform:ratio=0.5", "random:ratio=0.5", "downsample:ratio=0.5", "blind", "prior")
 DEMO_SUITE = "synthvideo:length=32"
-DEMO_LIMIT = 24
-DEMO_TIMED = 4
+DEMO_LIMIT = 66
+DEMO_TIMED = 8
 
 app = typer.Typer(
     help="Compare acceleration methods for vision-language models on the same samples.",
