@@ -249,6 +249,19 @@ def test_the_status_says_how_the_run_ended(store: ResultStore, raised: type[Base
     assert store.runs()[0].folder == run.folder
 
 
+def test_a_finished_run_stays_finished_when_a_later_command_fails_before_it_writes(store: ResultStore) -> None:
+    with store.open(SPEC, HEADER) as run:
+        run.append(record("a"))
+    with pytest.raises(OSError), store.open(SPEC, HEADER):  # noqa: PT011 (any will do)
+        raise OSError
+    with store.open(SPEC, HEADER) as run:
+        assert run.header["sessions"][-2]["status"] == "done"
+    with pytest.raises(OSError), store.open(SPEC, HEADER) as run:  # noqa: PT011, PT012
+        run.append(record("b"))
+        raise OSError
+    assert store.runs()[0].header["status"] == "failed"
+
+
 def test_fresh_starts_again(store: ResultStore, samples: Path) -> None:
     with store.open(SPEC, HEADER, fresh=True) as run:
         assert not run.records

@@ -109,6 +109,10 @@ class Run:
             if fresh:
                 self._samples.unlink(missing_ok=True)
                 (folder / "header.json").unlink(missing_ok=True)
+            self._before: RunStatus | None = None
+            """Status of an earlier session, which stands as long as this one writes nothing."""
+            if (folder / "header.json").exists():
+                self._before = read_header(folder)["status"]
             self.records = Records(self._samples)
             self.repaired = self._repair()
             """What was found damaged and put right on open, in a sentence; empty when nothing was."""
@@ -149,6 +153,7 @@ class Run:
                 "command resumes there once the disk takes data again."
             ) from error
         self._end += len(line)
+        self._before = None
         self.records.add(record)
 
     def finish(self, status: RunStatus) -> None:
@@ -200,7 +205,7 @@ class Run:
                     self.finish("done")
                 else:
                     with contextlib.suppress(RunError):  # the first failure is the one to hear about
-                        self.finish("failed" if issubclass(kind, Exception) else "interrupted")
+                        self.finish(self._before or ("failed" if issubclass(kind, Exception) else "interrupted"))
         finally:
             self.close()
 

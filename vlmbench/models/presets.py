@@ -72,15 +72,18 @@ def _qwen(two_five: bool, vocab: int, text: dict[str, Any], vision: dict[str, An
         "vision_end_token_id": ids["<|vision_end|>"],
     }
     size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
-    parts = {
-        "image_processor": Qwen2VLImageProcessor(size=size),
-        "video_processor": Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
-        "tokenizer": tokenizer,
-        "chat_template": QWEN_TEMPLATE,
-    }
+
+    def processor() -> Any:
+        return (Qwen2_5_VLProcessor if two_five else Qwen2VLProcessor)(
+            image_processor=Qwen2VLImageProcessor(size=size),
+            video_processor=Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False),
+            tokenizer=tokenizer,
+            chat_template=QWEN_TEMPLATE,
+        )
+
     if two_five:
-        return Qwen2_5_VLConfig(**common), Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor(**parts)
-    return Qwen2VLConfig(**common), Qwen2VLForConditionalGeneration, Qwen2VLProcessor(**parts)
+        return Qwen2_5_VLConfig(**common), Qwen2_5_VLForConditionalGeneration, processor
+    return Qwen2VLConfig(**common), Qwen2VLForConditionalGeneration, processor
 
 
 def _llava(vocab: int, text: dict[str, Any], vision: dict[str, Any], pinpoints: list[list[int]]) -> Any:
@@ -97,14 +100,17 @@ def _llava(vocab: int, text: dict[str, Any], vision: dict[str, Any], pinpoints: 
         vision_feature_layer=-1,
     )
     size = {"height": side, "width": side}
-    processor = LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
-        video_processor=LlavaOnevisionVideoProcessor(size=size),
-        tokenizer=tokenizer,
-        num_image_tokens=(side // vision["patch_size"]) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template=LLAVA_TEMPLATE,
-    )
+
+    def processor() -> Any:
+        return LlavaOnevisionProcessor(
+            image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=pinpoints),
+            video_processor=LlavaOnevisionVideoProcessor(size=size),
+            tokenizer=tokenizer,
+            num_image_tokens=(side // vision["patch_size"]) ** 2,
+            vision_feature_select_strategy="full",
+            chat_template=LLAVA_TEMPLATE,
+        )
+
     return config, LlavaOnevisionForConditionalGeneration, processor
 
 
@@ -212,7 +218,7 @@ def build(
     preset: str, *, layers: int | None, seed: int, dtype: torch.dtype, device: str
 ) -> tuple[PreTrainedModel, Any]:
     """(model, processor) of a preset with seeded random weights; `layers` cuts the language model."""
-    config, cls, processor = _BUILDERS[preset]()
+    config, cls, make_processor = _BUILDERS[preset]()
     config.tie_word_embeddings = preset in _TIED
     if layers is not None:
         config.text_config.num_hidden_layers = layers
@@ -226,4 +232,4 @@ def build(
             model = cls(config)
     finally:
         torch.set_default_dtype(before)
-    return model, processor
+    return model, make_processor()
