@@ -334,7 +334,8 @@ def test_notes_tell_how_the_figures_were_made(full_rows: Rows) -> None:
 def test_notes_tell_what_is_missing(store: ResultStore) -> None:
     fill(store, answered([1.0, 1.0]))
     (view,) = store.runs()
-    with pytest.raises(KeyboardInterrupt), store.open(SPEC, view.header):
+    with pytest.raises(KeyboardInterrupt), store.open(SPEC, view.header) as run:  # noqa: PT012
+        run.append(answered([1.0, 1.0, 1.0])[2])
         raise KeyboardInterrupt
     path = view.folder / "samples.jsonl"
     path.write_bytes(path.read_bytes().replace(b'"s0"', b'"s9"'))

@@ -60,12 +60,15 @@ class LlavaOnevision(ModelAdapter):
             image = torch.cat(list(packed), dim=0)
         if "pixel_values_videos" in inputs:
             # One call a video: videos of one prompt may differ in length.
-            each = [
-                self.model.model.get_video_features(frames[None], return_dict=True).pooler_output[0]
-                for frames in inputs["pixel_values_videos"]
-            ]
-            video = torch.cat(each, dim=0)
+            video = torch.cat([self._encode_video(frames) for frames in inputs["pixel_values_videos"]])
         return Features(image, video)
+
+    def _encode_video(self, frames: Tensor) -> Tensor:
+        """``[T, 3, H, W]`` to ``[T · n + 1, C]``; transformers below 5.23 adds the newline only in its own forward."""
+        found = self.model.model.get_video_features(frames[None], return_dict=True).pooler_output[0]
+        if found.shape[0] == len(frames) * self._tokens_per_frame:
+            found = torch.cat([found, self.model.model.image_newline[None].to(found)])
+        return found
 
     def splice(self, inputs: Inputs, features: Features) -> Prompt:
         ids = inputs["input_ids"]

@@ -167,7 +167,7 @@ def settle(model: LlavaOnevisionForConditionalGeneration, pool: Pool, n: int = 6
 
 def frame_tokens(model: LlavaOnevisionForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] to [B, 16, C], as in a video, without the newline that ends it."""
-    return model.model.get_video_features(pixels[:, None], return_dict=True).pooler_output[:, :-1]
+    return model.model.get_video_features(pixels[:, None], return_dict=True).pooler_output[:, :TOKENS_PER_FRAME]
 
 
 def picture_tokens(model: LlavaOnevisionForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
