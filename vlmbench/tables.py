@@ -165,7 +165,7 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
         said.append(f"FLOPs: {FORMULA}")
     used = {mark for row in rows for mark in row["marks"]}
     said += [f"{mark}: {text}" for mark, text in _MARKS.items() if mark in used]
-    sessions = [(run.header, session) for run in runs for session in run.header["sessions"]]
+    sessions = [(run.header, session) for run in runs for session in _wrote(run)]
     said += dict.fromkeys(_setting(header, session) for header, session in sessions)
     said += dict.fromkeys(_versions(session) for _, session in sessions)
     for run in runs:
@@ -174,6 +174,13 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
         if run.records.damaged:
             said.append(f"{run.folder.name}: {len(run.records.damaged)} damaged lines are left out")
     return said
+
+
+def _wrote(run: RunView | Run) -> list[Mapping[str, Any]]:
+    """The sessions that a record is from; one that only looked at a finished run measured nothing."""
+    sessions = run.header["sessions"]
+    owners = {record.session for record in run.records.values()}
+    return [session for session in sessions if session["id"] in owners] or sessions[-1:]
 
 
 def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
