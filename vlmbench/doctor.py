@@ -164,7 +164,7 @@ def _attention() -> Iterator[Row]:
 def _weights() -> Iterator[Row]:
     from vlmbench import reference
 
-    for name in reference.NAMES:
+    for name in reference.SHIPPED:
         yield from _isolated("weights", lambda name=name: _shipped(name), name)  # type: ignore[misc]
     cache = _hub_cache()
     found = [folder for folder in sorted(cache.glob("models--*")) if any(folder.glob("snapshots/*/*.safetensors"))]

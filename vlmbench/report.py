@@ -155,6 +155,7 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
         "below-trivial": any(_beaten_by(run, other) for other in group),
         "masked": traits.get("masked", False)
         or any((each.trace or {}).get("masked") for each in run.view.records.values()),
+        "mixed": len({len(each.frames) for each in run.samples.values() if each.frames}) > 1,
         "trained": traits.get("trained", False),
         "inactive>10%": not run.mostly_active,
     }
@@ -162,13 +163,15 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
 
 
 def _beaten_by(run: Loaded, other: Loaded) -> bool:
-    """A trivial method with no more visual tokens is more accurate on the samples that both were asked."""
+    """A trivial method with no more visual tokens is more accurate, beyond the paired difference's error."""
     if other.method not in TRIVIAL or run.method in (*TRIVIAL, *REFERENCES):
         return False
     if run.n_visual_tokens is None or other.n_visual_tokens is None or other.n_visual_tokens > run.n_visual_tokens:
         return False
-    common = run.scores.keys() & other.scores.keys()
-    return sum(run.scores[id_] for id_ in common) < sum(other.scores[id_] for id_ in common)
+    ids = sorted(run.scores.keys() & other.scores.keys())
+    clusters = [run.accuracy[id_].cluster for id_ in ids]
+    gap = stats.paired_delta([run.scores[id_] for id_ in ids], [other.scores[id_] for id_ in ids], clusters)
+    return gap is not None and gap.high is not None and gap.high < 0
 
 
 def _ratio(dense: Sequence[Timing], own: Sequence[Timing], span: str) -> float | None:

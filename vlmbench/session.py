@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmbench.backend import Outcome
 from vlmbench.errors import RunError, UsageError
-from vlmbench.header import SESSION, make_header
+from vlmbench.header import SESSION, make_header, read_header
 from vlmbench.machine import load_backend
 from vlmbench.record import Frame, Pass, SampleRecord, Status, Timing
 from vlmbench.registry import methods as method_registry
@@ -80,6 +82,8 @@ class Session:
             for method in self._chosen:
                 answer = self._answer_spec(method)
                 header = self._header(answer, method)
+                if changed := _other_code(store, answer, header):
+                    self.progress.note(changed)
                 opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
                 if opened.repaired:
                     self.progress.note(opened.repaired)
@@ -219,7 +223,7 @@ class Session:
             seed=request.seed,
         )
 
-    def _header(self, answer: AnswerSpec, method: Method) -> dict[str, object]:
+    def _header(self, answer: AnswerSpec, method: Method) -> dict[str, Any]:
         request = self.request
         measure = MeasureSpec(
             mode=request.mode,
@@ -233,7 +237,9 @@ class Session:
             for field in fields(request)
             if (value := getattr(request, field.name)) != field.default
         }
-        return make_header(
+        source = inspect.getsourcefile(type(method))
+        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:10] if source else ""
+        header = make_header(
             answer,
             measure,
             self.backend.identity,
@@ -243,6 +249,17 @@ class Session:
             frame_rule=f"{self.sampler}, {self.frames or 'all'} frames"
             + (f", {request.fps:g} fps" if request.fps else ""),
         )
+        return {**header, "method_hash": digest}
+
+
+def _other_code(store: ResultStore, answer: AnswerSpec, header: Mapping[str, Any]) -> str:
+    """A line when what is stored was made by another version of the method's file; it still counts as the same run."""
+    folder = store.root / answer.folder
+    if not (folder / "header.json").exists():
+        return ""
+    if read_header(folder).get("method_hash") in (None, header["method_hash"]):
+        return ""
+    return f"{folder}: its records were made before {answer.method}'s code changed; --fresh starts again."
 
 
 def make_suite(text: str) -> Suite:

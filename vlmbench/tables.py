@@ -140,7 +140,8 @@ _WHEN_DIFFERENT = ("device", "dtype", "attention")
 
 _MARKS = {
     "cpu": "measured on a CPU: read ratios, not seconds",
-    "below-trivial": "less accurate than dropping the same tokens at random, evenly, or by a smaller input",
+    "below-trivial": "random, uniform or downsample with no more visual tokens is more accurate, beyond the error",
+    "mixed": "videos of several lengths: frames, visual tokens and times are medians over them",
     "masked": "computes the dense amount and masks; its time says nothing about the method",
     "trained": "needs training",
     "inactive>10%": "had nothing to do on more than a tenth of the samples, so no speed-up is given",
@@ -167,6 +168,7 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
     said += [f"{mark}: {text}" for mark, text in _MARKS.items() if mark in used]
     sessions = [(run.header, session) for run in runs for session in _wrote(run)]
     said += dict.fromkeys(_setting(header, session) for header, session in sessions)
+    said += filter(None, [_timed(runs)])
     said += dict.fromkeys(_versions(session) for _, session in sessions)
     for run in runs:
         if run.header["status"] != "done":
@@ -174,6 +176,23 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
         if run.records.damaged:
             said.append(f"{run.folder.name}: {len(run.records.damaged)} damaged lines are left out")
     return said
+
+
+def _timed(runs: Sequence[RunView | Run]) -> str:
+    """On how many videos the times rest, and on how many rounds and tokens of each."""
+    records = [record for run in runs for record in run.records.of("latency").values() if record.timing]
+    if not records:
+        return ""
+    videos = len({record.cluster for record in records})
+    rounds = _range(len(record.rounds) for record in records)
+    tokens = _range(1 + len(record.timing.decode_s) for record in records if record.timing)
+    warmup = _range(session["measure"]["warmup"] for run in runs for session in _wrote(run))
+    return f"times: {videos} videos, {rounds} rounds after {warmup} of warm-up, {tokens} tokens decoded whatever the answer"
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 def _wrote(run: RunView | Run) -> list[Mapping[str, Any]]:
@@ -189,7 +208,7 @@ def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     return (
         f"{device['name']} ({device['type']}, {device['cpu']}, {measure['threads']} threads{driver}); "
         f"{device['dtype']}; attention {kernels['attention']}, in the vision tower {kernels['vision']}; "
-        f"frames by {header['frame_rule']}; {measure['repeats']} rounds after {measure['warmup']} of warm-up; "
+        f"frames by {header['frame_rule']}; "
         f"{spec['suite']} version {spec['suite_version']}"
     )
 
