@@ -106,3 +106,16 @@ def test_options_that_mean_nothing_here_are_refused(cli: Callable[..., Any], tmp
     called = cli("run", "--model", "dummy", "--suite", SUITE, "--out", tmp_path, option, "fps")
     assert called.code == 2
     assert option in called.err
+
+
+def test_a_changed_method_file_is_said_when_its_old_records_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = request(tmp_path, methods=("blind",), mode="accuracy")
+    run(asked, Progress(terminal=False))
+    assert "--fresh starts again" not in capsys.readouterr().err
+    other = tmp_path / "other.py"
+    other.write_text("# another version of the method")
+    monkeypatch.setattr("vlmbench.session.inspect.getsourcefile", lambda cls: str(other))
+    run(asked, Progress(terminal=False))
+    assert "before blind's code changed; --fresh starts again" in capsys.readouterr().err
