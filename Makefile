@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check tables results bench
+.PHONY: help setup demo test check tables results bench reference-report
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
 
 setup: $(STAMP)  ## make .venv with exact versions (once)
 
@@ -43,3 +43,6 @@ results: setup  ## measure what results/cpu holds again (minutes; leave the mach
 bench: setup  ## the fixed CPU workloads of attention against the best dense kernel (minutes)
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json
+
+reference-report: setup  ## look inside the tiny models: accuracies and probes into results/cpu (long; goes on where it stopped)
+	$(BIN)/python -m vlmbench.reference.inside --runs runs/reference --out results/cpu

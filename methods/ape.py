@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Traits
-from vlmbench.parallel import ParallelEncoding, check_units, reuse_positions, temporal
+from vlmbench.parallel import ParallelEncoding, check_units, reuse_positions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,9 +68,8 @@ class Ape(ParallelEncoding):
 
     def place(self, prompt: Prompt, plan: Plan) -> Prompt:
         positions = reuse_positions(prompt.positions, plan)
-        # By as much as the longest context became shorter, the query moves up. (Qwen-VL's text does not stand behind the
-        # last frame's temporal position, so the query's own distance from it is kept, whatever it is.)
-        back = int(temporal(prompt.positions)[: plan.tail].max()) - int(temporal(positions)[: plan.tail].max())
+        # By as much as the longest context became shorter, the query moves up.
+        back = int(prompt.positions[..., : plan.tail].max()) - int(positions[..., : plan.tail].max())
         positions[..., plan.tail :] -= back
         return replace(prompt, positions=positions, next_position=prompt.next_position - back)
 

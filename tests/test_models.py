@@ -9,15 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from vlmbench.cache import cache_bytes
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
+from vlmbench.layout import Span, TokenLayout
 from vlmbench.methods.full import Full
 from vlmbench.models.base import Features
 from vlmbench.models.catalogue import PRESETS
 from vlmbench.models.loading import load
+from vlmbench.models.qwen_vl import QwenVL, mrope_positions
 from vlmbench.trace import Trace
 
 QUESTION = "where is the red circle ?"
@@ -43,6 +47,61 @@ def test_greedy_tokens_equal_generate(adapter: Any, clip: Any, attention: str, m
     inputs = adapter.to_device(adapter.inputs(clips, QUESTION))
     theirs = adapter.model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
     assert done.token_ids == theirs[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[TokenLayout, list[float]]:
+    """Text, pictures and videos in any order, and the time steps of the videos."""
+    spans: list[Span] = []
+    steps: list[float] = []
+    for media, kind in enumerate(draw(st.lists(st.sampled_from(["text", "image", "video"]), min_size=1, max_size=5))):
+        start = spans[-1].stop if spans else 0
+        if kind == "text":
+            spans.append(Span("text", start, start + draw(st.integers(1, 4))))
+            continue
+        rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        units = draw(st.integers(1, 9)) if kind == "video" else 1
+        if kind == "video":
+            steps.append(draw(st.sampled_from([0.5, 1.0, 1.5, 2.0])))
+        for unit in range(units):
+            first = start + unit * rows * columns
+            spans.append(Span(kind, first, first + rows * columns, media, unit, (rows, columns)))  # type: ignore[arg-type]
+    return TokenLayout(tuple(spans)), steps
+
+
+@given(layouts())
+def test_rope_positions_are_those_that_the_qwen_papers_define(case: tuple[TokenLayout, list[float]]) -> None:
+    """Token by token: text counts on; a medium counts time, rows and columns from one above all before it."""
+    layout, steps = case
+    expected: list[tuple[int, int, int]] = []
+    remaining = list(steps)
+    begin, step, media = 0, 1.0, None
+    for span in layout.spans:
+        for index in range(len(span)):
+            above = max(max(each) for each in expected) + 1 if expected else 0
+            if span.kind == "text":
+                expected.append((above, above, above))
+                media = None
+                continue
+            if span.media != media:
+                begin, media = above, span.media
+                step = remaining.pop(0) if span.kind == "video" else 1.0
+            assert span.grid is not None
+            assert span.frame is not None
+            row, column = divmod(index, span.grid[1])
+            expected.append((begin + int(span.frame * step), begin + row, begin + column))
+    assert mrope_positions(layout, steps).T.tolist() == [list(each) for each in expected]
+
+
+def test_rope_positions_equal_the_stock_ones_where_those_count_every_axis(adapter: Any, clip: Any) -> None:
+    if not isinstance(adapter, QwenVL):
+        pytest.skip("one-dimensional positions")
+    inputs = adapter.inputs([clip(1, "image"), clip(2)], QUESTION)  # no video longer than its frames are high
+    ids = inputs["input_ids"]
+    kinds = (ids == adapter.config.image_token_id).int() + 2 * (ids == adapter.config.video_token_id).int()
+    grids = {key: inputs[key] for key in ("image_grid_thw", "video_grid_thw")}
+    stock, _ = adapter.model.model.get_rope_index(ids, kinds, **grids)
+    assert torch.equal(adapter.splice(inputs, Features()).positions, stock)
 
 
 def test_sdpa_and_eager_agree(adapter: Any, clip: Any) -> None:

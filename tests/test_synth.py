@@ -25,8 +25,9 @@ from scipy import stats
 from vlmbench.errors import UsageError
 from vlmbench.registry import suites
 from vlmbench.spec import build, parse
-from vlmbench.suite import Sample, Suite, limited
+from vlmbench.suite import Caption, Sample, Suite, limited
 from vlmbench.suites._synth import encode
+from vlmbench.suites._synth.captions import ANIMALS, CAPTION_VOCABULARY, EVERY
 from vlmbench.suites._synth.picking import pick
 from vlmbench.suites._synth.questions import IMAGE_TYPES, NUMBERS, TYPES, VOCABULARY, Question
 from vlmbench.suites._synth.render import RGB, render
@@ -47,6 +48,7 @@ from vlmbench.suites._synth.scene import (
 )
 from vlmbench.suites._synth.scoring import read_answer
 from vlmbench.suites.synthimage import SynthImage
+from vlmbench.suites.synthmixed import SynthMixed
 from vlmbench.suites.synthvideo import LENGTHS, SynthVideo
 
 SUITES: dict[str, Suite] = {
@@ -55,6 +57,8 @@ SUITES: dict[str, Suite] = {
     "synthvideo:length=5": SynthVideo(length=5),
     "synthvideo:type=which_first": SynthVideo(length=32, type="which_first"),
     "synthimage": SynthImage(),
+    "synthmixed": SynthMixed(),
+    "synthmixed:length=5": SynthMixed(length=5),
 }
 ALPHA = 1e-3
 """Chance that one of the tests of balance below would fail for a perfect generator. Nothing is drawn anew: seeds are fixed,
@@ -171,8 +175,11 @@ def test_every_type_is_asked_equally_often(length: int) -> None:
 def test_the_vocabulary_covers_every_word(name: str, split: Any) -> None:
     found = SUITES[name].samples(split)
     words = {word for s in found for word in f"{SUITES[name].prompt(s)} {s.answer}".split()}
-    assert words <= set(VOCABULARY)
-    assert len(set(VOCABULARY)) == len(VOCABULARY)
+    read = {word for s in found for caption in s.captions for word in caption.text.split()}
+    assert bool(read) == name.startswith("synthmixed")
+    assert words | read <= {*VOCABULARY, *(CAPTION_VOCABULARY if read else ())}
+    for vocabulary in (VOCABULARY, CAPTION_VOCABULARY):
+        assert len(set(vocabulary)) == len(vocabulary)
 
 
 # What happens in a scene.
@@ -266,8 +273,8 @@ def test_the_four_shapes_cover_different_pixels() -> None:
 # Every answer, derived a second time.
 
 
-def all_answers(question: str, scene: Scene) -> list[str]:
-    """Every answer that fits, from the events alone and without `questions`: a good question has one."""
+def all_answers(question: str, scene: Scene, captions: Sequence[Caption]) -> list[str]:
+    """Every answer that fits, from events and texts alone and without `questions`: a good question has one."""
     events = sorted(scene.events, key=lambda event: event.start)
     thing = rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 
@@ -299,7 +306,23 @@ def all_answers(question: str, scene: Scene) -> list[str]:
         assert len({each[0] for each in numbers}) == 4
         first = events[min(each[0] for each in numbers)]
         return [f"{first.colour} {first.shape}"]
+    said = [remark for caption in captions if (remark := re.fullmatch(REMARK, caption.text))]
+    if found := re.fullmatch(r"what number does the (\w+) say \?", question):
+        return [remark["number"] for remark in said if remark["animal"] == found[1]]
+    if found := re.fullmatch(r"which animal says (\w+) \?", question):
+        return [remark["animal"] for remark in said if remark["number"] == found[1]]
+    if found := re.fullmatch(rf"which animal speaks at the {thing} \?", question):
+        answers = []
+        for remark in said:
+            frame = int(remark["frame"].replace(" ", ""))
+            gone = [i for i, event in enumerate(events) if event.stop - 1 in range(frame, frame + EVERY)]
+            answers += [remark["animal"]] * (gone == named(found[1], found[2]))
+        return answers
     raise AssertionError(f"no rule for {question!r}")
+
+
+REMARK = r"at (?P<frame>\d \d \d) and now the (?P<animal>\w+) says (?P<number>\w+) to us"
+"""The frame is the first of the `EVERY` ones before the text."""
 
 
 def direction(event: Event) -> str:
@@ -311,7 +334,7 @@ def direction(event: Event) -> str:
 @pytest.mark.parametrize("name", SUITES)
 def test_every_answer_follows_from_the_scene_and_no_other_does(name: str) -> None:
     for sample in samples(name):
-        assert all_answers(sample.question, scene_of(name, sample)) == [sample.answer]
+        assert all_answers(sample.question, scene_of(name, sample), sample.captions) == [sample.answer]
         assert sample.id.endswith(f"-{sample.strata['type']}")
         pattern = re.sub(r"\\{\w+\\}", r"[\\w ]+", re.escape(sample.template))
         assert re.fullmatch(pattern, sample.question)
@@ -412,6 +435,9 @@ ANSWERS = {
     **{kind: st.sampled_from(values) for kind, values in POSSIBLE.items() if kind != "picture"},
     "count": st.sampled_from(NUMBERS),
     "list": st.lists(st.sampled_from(COLOURS), min_size=5, max_size=7).map(" ".join),
+    "says": st.sampled_from(NUMBERS),
+    "speaker": st.sampled_from(ANIMALS),
+    "beside": st.sampled_from(ANIMALS),
 }
 asked = st.sampled_from(sorted(ANSWERS)).flatmap(lambda kind: st.tuples(st.just(kind), ANSWERS[kind], ANSWERS[kind]))
 
@@ -471,6 +497,11 @@ def test_any_text_scores_zero_or_one_and_only_the_answer_scores(kind: str, text:
         ("which_first", "red circle before blue cross", "red circle", (0.0, None)),
         ("which_first", "circle red", "red circle", (0.0, None)),
         ("motion", "to the left", "left", (1.0, "left")),
+        ("says", "The owl says 4.", "four", (1.0, "four")),
+        ("says", "four or five", "four", (0.0, None)),
+        ("speaker", "The owl says four.", "owl", (1.0, "owl")),
+        ("speaker", "cats", "cat", (0.0, None)),
+        ("beside", "the owl, not the fox", "owl", (0.0, None)),
     ],
 )
 def test_answers_are_read_from_free_text(kind: str, text: str, answer: str, expected: tuple[float, str | None]) -> None:
@@ -526,10 +557,10 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-FRESH: list[Callable[[], Suite]] = [lambda: SynthVideo(length=5), SynthImage]
+FRESH: list[Callable[[], Suite]] = [lambda: SynthVideo(length=5), SynthImage, lambda: SynthMixed(length=5)]
 
 
-@pytest.mark.parametrize("suite", FRESH, ids=["video", "picture"])
+@pytest.mark.parametrize("suite", FRESH, ids=["video", "picture", "mixed"])
 def test_media_are_put_into_the_cache_once(cached: Path, suite: Callable[[], Suite]) -> None:
     from vlmbench.video import Decoder
 
@@ -628,6 +659,11 @@ def test_a_cache_that_is_no_folder_is_an_error_that_names_it(tmp_path: Path, mon
         ("synthvideo:lenght=32", "Did you mean 'length'?"),
         ("synthimage:type=plaice", "not 'plaice'. Did you mean 'place'?"),
         ("synthimage:type=motion", "must be one of colour, shape, place, count, not 'motion'"),
+        ("synthmixed:length=1", "length must be from 2 to 1000 frames, not 1."),
+        ("synthmixed:length=1001", "not 1001."),
+        ("synthmixed:type=speeker", "not 'speeker'. Did you mean 'speaker'?"),
+        ("synthmixed:type=count", "must be one of colour, shape, place, says, speaker, beside, not 'count'"),
+        ("synthmixed:depth=0.5", "depth"),
     ],
 )
 def test_a_wrong_parameter_is_a_sentence_with_the_value_and_the_remedy(spec: str, said: str) -> None:
@@ -646,7 +682,7 @@ def test_one_type_can_be_asked_alone(kind: str) -> None:
 def test_suites_are_imported_without_numpy_and_torch() -> None:
     code = """if True:
         import sys
-        import vlmbench.suites.synthvideo, vlmbench.suites.synthimage
+        import vlmbench.suites.synthvideo, vlmbench.suites.synthimage, vlmbench.suites.synthmixed
         found = [name for name in ("numpy", "torch", "av", "PIL", "transformers") if name in sys.modules]
         sys.exit(f"imported {found}" if found else 0)
     """

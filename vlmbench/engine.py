@@ -25,7 +25,7 @@ from vlmbench.trace import Trace
 if TYPE_CHECKING:
     from vlmbench.method import Method
     from vlmbench.record import Pass
-    from vlmbench.suite import Sample
+    from vlmbench.suite import Caption, Sample
     from vlmbench.video import Clip
 
 TOP = 64
@@ -50,6 +50,7 @@ def generate(
     clips: Sequence[Clip],
     question: str,
     *,
+    captions: Sequence[Caption] = (),
     max_new_tokens: int,
     stop_at_eos: bool = True,
     sample_id: str = "",
@@ -59,7 +60,7 @@ def generate(
     meter = meter or Meter()
     trace.reset(sample_id)
     meter.start()
-    inputs = adapter.inputs([method.prepare_clip(clip, trace) for clip in clips], question)
+    inputs = adapter.inputs([method.prepare_clip(clip, trace) for clip in clips], question, captions)
     meter.stage("preprocess")
     inputs = adapter.to_device(inputs)
     meter.stage("transfer")
@@ -144,6 +145,7 @@ class TorchBackend(Backend):
                 trace,
                 clips,
                 prompt,
+                captions=sample.captions,
                 max_new_tokens=max_new_tokens,
                 stop_at_eos=pass_ == "accuracy",
                 sample_id=sample.id,

@@ -93,15 +93,14 @@ def check_units(name: str, **values: int | None) -> None:
 
 
 def reuse_positions(positions: Tensor, plan: Plan) -> Tensor:
-    """Shift every block so that it starts where the first one does: the only axis, or the temporal one of M-RoPE's three."""
+    """Shift every block so that it begins where the first one does, on each axis that M-RoPE has.
+
+    Inside one video that moves the temporal axis alone; text between videos advances all three.
+    """
     positions = positions.clone()
-    axis = temporal(positions)
-    first = int(axis[plan.blocks[0][0]])
-    for start, stop in plan.blocks:
-        axis[start:stop] -= int(axis[start]) - first
+    for axis in positions.reshape(-1, positions.shape[-1]):
+        begin, end = plan.blocks[0]
+        first = int(axis[begin:end].min())
+        for start, stop in plan.blocks:
+            axis[start:stop] -= int(axis[start:stop].min()) - first
     return positions
-
-
-def temporal(positions: Tensor) -> Tensor:
-    """The axis ``[N]`` that tells frames apart, a view."""
-    return positions[0] if positions.dim() == 2 else positions[0, 0]

@@ -18,6 +18,14 @@ class Media:
 
 
 @dataclass(frozen=True)
+class Caption:
+    """Text that stands before the first frame shown at or after `time_s`; behind the frames when there is none."""
+
+    time_s: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about zero or more media."""
 
@@ -34,6 +42,8 @@ class Sample:
     strata: Mapping[str, str] = field(default_factory=dict)
     """Break-downs, e.g. {"length": "32", "type": "colour"}; `--limit` goes round-robin over them."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    captions: tuple[Caption, ...] = ()
+    """Text between the frames of the only medium, a video: subtitles, time stamps. No method drops it with its frames."""
 
 
 class Score(NamedTuple):

@@ -20,10 +20,13 @@ def cache_root() -> Path:
 
 
 @cache
-def source_hash() -> str:
-    """Eight digits over the code that makes pixels: media of another generator never pass for this one's."""
+def source_hash(*more: str) -> str:
+    """Eight digits over the code that makes pixels: media of another generator never pass for this one's.
+
+    `more` names further files here that a suite's samples are made by.
+    """
     digest = hashlib.sha256()
-    for name in ("scene", "render", "encode"):
+    for name in ("scene", "render", "encode", *more):
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     return digest.hexdigest()[:8]
 

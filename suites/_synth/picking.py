@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
-if TYPE_CHECKING:
-    from vlmbench.suites._synth.questions import Question
-    from vlmbench.suites._synth.scene import Scene
+import numpy as np
+
+from vlmbench.suites._synth.questions import Question, questions
+from vlmbench.suites._synth.scene import Scene
 
 
-def pick(scenes: Sequence[Scene], k: int, types: Sequence[str]) -> list[list[Question]]:
-    """Up to `k` questions on each scene: of the types that it allows, those asked least so far. Deterministic."""
-    import numpy as np
+def pick(
+    scenes: Sequence[Scene],
+    k: int,
+    types: Sequence[str],
+    ask: Callable[[Scene, np.random.Generator], list[Question]] = questions,
+) -> list[list[Question]]:
+    """Up to `k` of the questions that `ask` finds for each scene: of the types allowed, those asked least so far.
 
-    from vlmbench.suites._synth.questions import questions
-
+    Deterministic.
+    """
     asked: Counter[str] = Counter()
     picked = []
     for scene in scenes:
         rng = np.random.Generator(np.random.PCG64([scene.seed, scene.n_frames, 4]))
         allowed: dict[str, list[Question]] = {kind: [] for kind in types}
-        for question in questions(scene, rng):
+        for question in ask(scene, rng):
             if question.type in allowed:
                 allowed[question.type].append(question)
         chosen: list[Question] = []

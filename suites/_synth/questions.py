@@ -74,14 +74,11 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return found + (_order(events, rng) if scene.kind == "video" else [])
 
 
-def sample_questions(
-    scene: Scene, rng: np.random.Generator, k: int, types: Iterable[str] | None = None
-) -> list[Question]:
-    """Up to `k` different questions: a type at random among those left, then one of it. Types come as equally as they can."""
+def sample_questions(found: Iterable[Question], rng: np.random.Generator, k: int) -> list[Question]:
+    """Up to `k` different ones: a type at random among those left, then one of it. Types come as equally as they can."""
     by_type: dict[str, list[Question]] = {}
-    for question in questions(scene, rng):
-        if types is None or question.type in types:
-            by_type.setdefault(question.type, []).append(question)
+    for question in found:
+        by_type.setdefault(question.type, []).append(question)
     chosen: list[Question] = []
     while by_type and len(chosen) < k:
         kind = list(by_type)[int(rng.integers(len(by_type)))]
@@ -109,9 +106,13 @@ def _order(events: Sequence[Event], rng: np.random.Generator) -> list[Question]:
     return found
 
 
-def _ask(kind: str, answer: str, n_answers: int, **slots: str) -> Question:
-    template = TEMPLATES[kind]
+def ask(kind: str, template: str, answer: str, n_answers: int, **slots: str) -> Question:
+    """The question with its slots filled."""
     return Question(kind, template, template.format(**slots), answer, n_answers)
+
+
+def _ask(kind: str, answer: str, n_answers: int, **slots: str) -> Question:
+    return ask(kind, TEMPLATES[kind], answer, n_answers, **slots)
 
 
 def _name(event: Event) -> str:

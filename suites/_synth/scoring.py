@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 
+from vlmbench.suites._synth.captions import ANIMALS
 from vlmbench.suites._synth.questions import NUMBERS
 from vlmbench.suites._synth.scene import COLOURS, DIRECTIONS, PLACES, SHAPES
 
@@ -18,7 +19,12 @@ _SINGLE = {
     "after": COLOURS,
     "motion": DIRECTIONS,
     "count": NUMBERS,
+    "says": NUMBERS,
+    "speaker": ANIMALS,
+    "beside": ANIMALS,
 }
+_NUMERIC = ("count", "says")
+"""Types whose answer may be written as a digit."""
 _DIGITS = {str(i): word for i, word in enumerate(NUMBERS, 1)}
 
 
@@ -44,7 +50,7 @@ def read_answer(kind: str, text: str, answer: str) -> tuple[float, str | None]:
         pairs = itertools.pairwise(words)
         prediction = _unique({f"{colour} {shape}" for colour, shape in pairs if colour in COLOURS and shape in SHAPES})
     else:
-        named = {_DIGITS.get(word, word) if kind == "count" else word for word in words}
+        named = {_DIGITS.get(word, word) if kind in _NUMERIC else word for word in words}
         prediction = _unique(named & set(_SINGLE[kind]))
     return float(prediction == answer), prediction
 

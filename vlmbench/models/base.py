@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from vlmbench.layout import Prompt, Span
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vlmbench.suite import Caption
     from vlmbench.video import Clip
 
 Inputs = dict[str, Any]
@@ -132,10 +135,18 @@ class ModelAdapter(ABC):
 
     # -- the stages ---------------------------------------------------------------------------------------------------
 
-    def inputs(self, clips: Sequence[Clip], question: str) -> Inputs:
-        """Run the family's own processor on the host: media first, in order, then the question."""
-        content: list[dict[str, str]] = [{"type": clip.kind} for clip in clips]
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+    def inputs(self, clips: Sequence[Clip], question: str, captions: Sequence[Caption] = ()) -> Inputs:
+        """Run the family's own processor on the host: media first, in order, then the question.
+
+        With captions the only clip becomes several short ones, in the prompt as in the layout, with the text between them.
+        Raises `ValueError` when captions come with anything but one video.
+        """
+        parts: list[Clip | str] = [*clips, question]
+        if captions:
+            parts = interleaved(clips, captions, question)
+            clips = [part for part in parts if not isinstance(part, str)]
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.kind} for p in parts]
+        messages = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         videos = [clip for clip in clips if clip.kind == "video"]
         pictures = [clip.frames[0] for clip in clips if clip.kind == "image"]
@@ -234,6 +245,44 @@ class ModelAdapter(ABC):
     @abstractmethod
     def _vision_model(self) -> Any:
         """The sub-model whose attention implementation is set for the tower."""
+
+
+def interleaved(clips: Sequence[Clip], captions: Sequence[Caption], question: str) -> list[Clip | str]:
+    """The only clip cut where a caption stands, the text between its pieces, and the question last.
+
+    Two texts never follow each other, since not every chat template parts them: captions without a frame between them are
+    joined with a blank, and the question starts a line behind captions that come after the last frame.
+    """
+    if [clip.kind for clip in clips] != ["video"]:
+        kinds = ", ".join(clip.kind for clip in clips) or "none"
+        raise ValueError(f"captions stand between the frames of exactly one video; the media here are: {kinds}.")
+    (clip,) = clips
+    total = len(clip.times_s)
+    in_order = sorted(captions, key=lambda caption: caption.time_s)
+    parts: list[Clip | str] = []
+    start = 0
+    for frame, group in groupby(in_order, key=lambda caption: bisect_left(clip.times_s, caption.time_s)):
+        text = " ".join(caption.text for caption in group)
+        if frame > start:
+            parts.append(_piece(clip, start, frame))
+        parts.append(text if frame < total else f"{text}\n{question}")
+        start = frame
+    return parts if start == total else [*parts, _piece(clip, start, total), question]
+
+
+def _piece(clip: Clip, start: int, stop: int) -> Clip:
+    """Frames ``[start, stop)`` as a clip of its own, at the frame rate at which `clip` shows its source.
+
+    It counts its own frames from 0: processors take the seconds between two frames from the rate, the number of frames and
+    the last one's index, and so find the same as in the whole clip, to the last bit.
+    """
+    return replace(
+        clip,
+        frames=clip.frames[start:stop],
+        indices=tuple(range(stop - start)),
+        times_s=clip.times_s[start:stop],
+        fps=len(clip.indices) / (clip.indices[-1] + 1) * clip.fps,
+    )
 
 
 def scatter(embeds: Tensor, placeholders: Tensor, features: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ time is no straw man.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,9 +27,7 @@ class QwenVL(ModelAdapter):
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         super().__init__(model, processor)
-        plans = _ChunkPlans()
-        for block in self.model.model.visual.blocks:
-            block.attn.forward = _batched_forward(block.attn, plans)
+        batch_chunks(self.model.model.visual)
 
     @property
     def vision_blocks(self) -> Sequence[nn.Module]:
@@ -68,18 +67,19 @@ class QwenVL(ModelAdapter):
         embeds = self.model.get_input_embeddings()(ids)
         embeds = scatter(scatter(embeds, images, features.image), videos, features.video)
         # Explicit positions: `model.rope_deltas`, which the stock forward leaves behind, would survive into the next sample.
-        options = {}
-        if self.config.model_type == "qwen2_5_vl":
-            options["second_per_grid_ts"] = inputs.get("second_per_grid_ts")
-        positions, _ = self.model.model.get_rope_index(
-            ids,
-            images.int() + 2 * videos.int(),
-            image_grid_thw=inputs.get("image_grid_thw"),
-            video_grid_thw=inputs.get("video_grid_thw"),
-            **options,
-        )
         layout = self._layout(images[0], videos[0], inputs)
-        return Prompt(embeds, positions, layout, next_position=int(positions.max()) + 1)
+        positions = mrope_positions(layout, self._time_steps(inputs)).to(ids.device)
+        return Prompt(embeds, positions[:, None], layout, next_position=int(positions.max()) + 1)
+
+    def _time_steps(self, inputs: Inputs) -> list[float]:
+        """Temporal position ids from one unit of each video to the next: seconds count from Qwen2.5-VL on."""
+        if self.config.model_type == "qwen2_vl" or "video_grid_thw" not in inputs:
+            return [1.0] * len(inputs.get("video_grid_thw", ()))
+        seconds = inputs.get("second_per_grid_ts")
+        per_second = self.vision_config.tokens_per_second
+        return [
+            float(s) * per_second for s in (seconds if seconds is not None else [1.0] * len(inputs["video_grid_thw"]))
+        ]
 
     def decode_positions(self, position: int) -> Tensor:
         return torch.full((3, 1, 1), position, device=self.device)
@@ -124,6 +124,38 @@ class _ChunkPlans:
         ]
         self._known = [*self._known[-1:], (cu_seqlens, plan)]
         return plan
+
+
+def mrope_positions(layout: TokenLayout, time_steps: Sequence[float]) -> Tensor:
+    """int64 ``[3, N]``: time, height and width of every token (Qwen2-VL, section 2.1, M-RoPE; Qwen2.5-VL, section 2.1.2).
+
+    What follows a medium begins one above its largest id on any axis. transformers from 5.3 to 5.23 counts only height
+    and width there, so that the text behind a long video falls among the times of its frames, where no published
+    checkpoint was trained to find it; it also cuts a unit's seconds to a whole number before it multiplies. `time_steps`
+    has one entry a video.
+    """
+    found: list[Tensor] = []
+    cursor, steps = 0, iter(time_steps)
+    for media, spans in itertools.groupby(layout.spans, key=lambda span: None if span.kind == "text" else span.media):
+        if media is None:
+            length = sum(span.stop - span.start for span in spans)
+            found.append((cursor + torch.arange(length)).expand(3, -1))
+        else:
+            units = list(spans)
+            step = next(steps) if units[0].kind == "video" else 1.0
+            height, width = units[0].grid or (1, units[0].stop - units[0].start)
+            time = (torch.arange(len(units)) * step).long()
+            axes = torch.meshgrid(time, torch.arange(height), torch.arange(width), indexing="ij")
+            found.append(cursor + torch.stack([axis.flatten() for axis in axes]))
+        cursor = int(found[-1].max()) + 1
+    return torch.cat(found, 1)
+
+
+def batch_chunks(visual: Any) -> None:
+    """Let the tower's attention take all chunks of one length in one call."""
+    plans = _ChunkPlans()
+    for block in visual.blocks:
+        block.attn.forward = _batched_forward(block.attn, plans)
 
 
 def _batched_forward(attention: Any, plans: _ChunkPlans) -> Callable[..., Tensor]:

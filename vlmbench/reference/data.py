@@ -1,45 +1,31 @@
-"""What training reads: pools of generated clips as a decoder gives them back, and batches of questions behind a clip.
+"""Clips that training reads: generated, through H.264 and back as a decoder gives them, then cut up and put together anew.
 
-A row of a batch is `<bos>`, the clip's visual tokens, then several question–answer pairs. Each pair sees the clip and
-itself alone and starts at the same position, so that it looks exactly like the one question of an inference prompt.
+A `Pool` holds decoded clips; a `Library` what the frozen vision side makes of each unit of them (a frame, or a pair), sorted
+by what is to be seen. Units do not see each other in the tower, so any video can be assembled from them: as long as one
+likes, and never the same twice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from vlmbench.reference.build import (
-    ANSWER,
-    BOS,
-    EOS,
-    FRAME,
-    IMAGE_TOKENS,
-    MEAN_STD,
-    PAD,
-    TOKENS_PER_FRAME,
-    VIDEO,
-)
-from vlmbench.reference.build import IMAGE as IMAGE_TOKEN
+from vlmbench.reference.build import FRAME
 from vlmbench.suites._synth.encode import compressed
-from vlmbench.suites._synth.questions import sample_questions
 from vlmbench.suites._synth.render import render
-from vlmbench.suites._synth.scene import TEST_SEED, Scene, make_image, train_scene
+from vlmbench.suites._synth.scene import TEST_SEED, Event, Scene, make_image, train_scene
 
 VALIDATION_SEED = TEST_SEED - 10**6
 """Training seeds from here on are kept for validation; training draws below."""
 IMAGE = "image"
-"""The kind of clip that is a picture. Videos are named by their frames, with their events where not drawn: 8 or 4x4."""
-IGNORED = -100
+"""The kind of clip that is a picture. Videos are named by their frames."""
 
 
 @dataclass(frozen=True)
@@ -56,32 +42,8 @@ class Pool:
         return self.frames.shape[1]
 
 
-class Batch(NamedTuple):
-    clips: torch.Tensor
-    """int64 [B], rows of the pool."""
-    ids: torch.Tensor
-    """int64 [B, L]."""
-    labels: torch.Tensor
-    """int64 [B, L]: the token itself where it belongs to an answer or ends one, else IGNORED."""
-    positions: torch.Tensor
-    """int64 [B, L]."""
-    mask: torch.Tensor
-    """bool [B, 1, L, L]: which token sees which."""
-    part: torch.Tensor
-    """int64 [B, L]: 0 the clip, 1 … the pairs, -1 padding."""
-    types: tuple[tuple[str, ...], ...]
-    """Of the questions of each row."""
-
-    def to(self, device: torch.device | str) -> Batch:
-        tensors: dict[str, Any] = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)}
-        return self._replace(**tensors)
-
-
 def scene_of(seed: int, kind: str) -> Scene:
-    if kind == IMAGE:
-        return make_image(seed)
-    n_frames, _, n_events = kind.partition("x")
-    return train_scene(seed, int(n_frames), int(n_events) if n_events else None)
+    return make_image(seed) if kind == IMAGE else train_scene(seed, int(kind))
 
 
 def clip_of(scene: Scene) -> np.ndarray:
@@ -111,74 +73,69 @@ def make_pool(folder: Path, kind: str, size: int, first_seed: int = 0, workers: 
     return Pool(kind, scenes, np.load(path, mmap_mode="r"))
 
 
-def to_pixels(frames: np.ndarray) -> torch.Tensor:
-    """uint8 [..., H, W, 3] to float32 [..., 3, H, W], normalised as the processor does."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in MEAN_STD)
-    return (torch.from_numpy(np.array(frames)).movedim(-1, -3).float() / 255 - mean) / std
+@dataclass(frozen=True)
+class Shot:
+    """An event as it was filmed: the units it is seen in, and nothing else is."""
+
+    event: Event
+    first: int
+    """Row of the library."""
+    units: int
+    lead: int
+    """Frames of its first unit before it appears."""
 
 
-def visual_tokens(pool: Pool) -> int:
-    """Placeholders of a clip in the prompt, the newline of a video included."""
-    return IMAGE_TOKENS if pool.kind == IMAGE else TOKENS_PER_FRAME * pool.n_frames + 1
+class Library:
+    """Units of a pool of videos by what they show; `group` frames make a unit."""
 
+    def __init__(self, pool: Pool, features: torch.Tensor, group: int) -> None:
+        """features: [N, units, 16, C] of the clips of the pool."""
+        self.group = group
+        self.features = features.flatten(0, 1)
+        self.shots: dict[tuple[str, str], list[Shot]] = {}
+        self.blanks: list[np.ndarray] = []
+        """Rows without an event, clip by clip."""
+        per_clip = features.shape[1]
+        for clip, scene in enumerate(pool.scenes):
+            seen: dict[int, list[Event]] = {}
+            for event in scene.events:
+                for unit in range(event.start // group, (event.stop - 1) // group + 1):
+                    seen.setdefault(unit, []).append(event)
+            for event in scene.events:
+                first, last = event.start // group, (event.stop - 1) // group
+                if all(seen[unit] == [event] for unit in range(first, last + 1)):
+                    shot = Shot(event, clip * per_clip + first, last + 1 - first, event.start - first * group)
+                    self.shots.setdefault((event.colour, event.shape), []).append(shot)
+            if blank := [clip * per_clip + unit for unit in range(per_clip) if unit not in seen]:
+                self.blanks.append(np.array(blank))
 
-def make_batch(
-    pool: Pool,
-    clips: np.ndarray,
-    tokenizer: PreTrainedTokenizerFast,
-    rng: np.random.Generator,
-    n_pairs: int = 12,
-    span: int = 0,
-    types: tuple[str, ...] | None = None,
-) -> Batch:
-    """These clips (rows of the pool) with up to `n_pairs` questions each, of these types (None: all).
+    def assemble(self, n_units: int, n_events: int, rng: np.random.Generator) -> tuple[np.ndarray, Scene]:
+        """int64 [n_units] rows and the scene that they show: so many events, each look at most once, at random places."""
+        looks = sorted(self.shots)
+        n_events = min(n_events, len(looks))
+        names = [looks[i] for i in rng.permutation(len(looks))[:n_events].tolist()]
+        shots = [self._draw(name, rng) for name in names]
+        for i in rng.permutation(len(shots)).tolist():  # too long for the clip: shorter shots until they fit
+            if sum(shot.units for shot in shots) > n_units:
+                shots[i] = self._draw(names[i], rng, shortest=True)
+        slack = n_units - sum(shot.units for shot in shots)
+        # Generated videos hold a blank frame between two events wherever they have room (it may be half of a pair).
+        apart = 1 if self.group == 1 and slack >= n_events - 1 else 0
+        offsets = np.sort(rng.integers(0, slack - apart * (n_events - 1) + 1, n_events)) + apart * np.arange(n_events)
+        blanks = self.blanks[int(rng.integers(len(self.blanks)))]
+        rows = blanks[rng.integers(0, len(blanks), n_units)]
+        events, before = [], 0
+        for shot, offset in zip(shots, offsets.tolist(), strict=True):
+            at = offset + before
+            rows[at : at + shot.units] = np.arange(shot.first, shot.first + shot.units)
+            events.append(dataclasses.replace(shot.event, start=at * self.group + shot.lead))
+            before += shot.units
+        seed = int(rng.integers(2**31))  # of the captions, where there are any
+        return rows, Scene(seed, n_units * self.group, "video", tuple(events), ())
 
-    With `span` above the clip's frames, the position ids are those of a video of that many frames of which only these
-    are shown: the positions of a long video without its length.
-    """
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    n_visual = visual_tokens(pool)
-    asked = [sample_questions(pool.scenes[clip], rng, n_pairs, types) for clip in clips]
-    rows = [[(encode(q.text + ANSWER), encode(q.answer + EOS)) for q in row] for row in asked]
-    width = 1 + n_visual + max(sum(len(question) + len(answer) for question, answer in row) for row in rows)
-    bos, pad, visual = tokenizer.convert_tokens_to_ids([BOS, PAD, IMAGE_TOKEN if pool.kind == IMAGE else VIDEO])
-    ids = torch.full((len(clips), width), pad)
-    labels = torch.full((len(clips), width), IGNORED)
-    positions = torch.zeros(len(clips), width, dtype=torch.long)
-    part = torch.full((len(clips), width), -1)
-    for b, row in enumerate(rows):
-        ids[b, 0], ids[b, 1 : 1 + n_visual], part[b, : 1 + n_visual] = bos, visual, 0
-        prefix = _prefix_positions(pool, clips[b], rng, span)
-        positions[b, : 1 + n_visual] = prefix
-        start = 1 + n_visual
-        for k, (question, answer) in enumerate(row, 1):
-            stop = start + len(question) + len(answer)
-            ids[b, start:stop] = torch.tensor(question + answer)
-            labels[b, start + len(question) : stop] = torch.tensor(answer)
-            positions[b, start:stop] = prefix[-1] + 1 + torch.arange(stop - start)
-            part[b, start:stop] = k
-            start = stop
-    asked_types = tuple(tuple(question.type for question in row) for row in asked)
-    return Batch(torch.from_numpy(clips), ids, labels, positions, _visibility(part), part, asked_types)
-
-
-def _prefix_positions(pool: Pool, clip: int, rng: np.random.Generator, span: int) -> torch.Tensor:
-    """int64 [1 + visual tokens]: of `<bos>` and the clip."""
-    n_frames, events = pool.n_frames, pool.scenes[clip].events
-    if span <= n_frames or pool.kind == IMAGE:
-        return torch.arange(1 + visual_tokens(pool))
-    # Frames of one event stay neighbours; all other frames move apart, as blank frames between them would have it.
-    loose = [t for t in range(n_frames) if not any(event.start < t < event.stop for event in events)]
-    extra = np.sort(rng.integers(0, span - n_frames + 1, len(loose)))
-    moved = np.arange(n_frames) + extra[np.searchsorted(loose, np.arange(n_frames), "right") - 1]
-    frames = 1 + torch.from_numpy(moved)[:, None] * TOKENS_PER_FRAME + torch.arange(TOKENS_PER_FRAME)
-    newline = 1 + span * TOKENS_PER_FRAME
-    return torch.cat([torch.tensor([0]), frames.flatten(), torch.tensor([newline])])
-
-
-def _visibility(part: torch.Tensor) -> torch.Tensor:
-    """Causal; the clip is seen by all, a pair by itself; padding sees itself (a row that sees nothing would be NaN)."""
-    width = part.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    same = (part[:, None, :] == part[:, :, None]) | (part[:, None, :] == 0)
-    return (causal & same)[:, None]
+    def _draw(self, name: tuple[str, str], rng: np.random.Generator, *, shortest: bool = False) -> Shot:
+        shots = self.shots[name]
+        if shortest:
+            least = min(shot.units for shot in shots)
+            shots = [shot for shot in shots if shot.units == least]
+        return shots[int(rng.integers(len(shots)))]

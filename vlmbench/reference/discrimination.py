@@ -1,0 +1,155 @@
+"""Can the suite tell methods apart? What throws information away has to lose: a committed table, and a gate.
+
+python -m vlmbench.reference.discrimination [--model SPEC …] [--limit N] [--runs DIR] [--out FILE]
+
+Runs what is not in `--runs` yet, writes the table as JSON and Markdown, and exits with 1 when a loss is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ORDER = ("first", "last", "before", "after", "which_first", "list")
+"""Types of question that ask what came when."""
+MODELS = ("tiny-llava-ov", "tiny-qwen2.5-vl")
+LENGTHS = (32, 128, 384)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A method, and by how much it must be worse than `full` on the same questions."""
+
+    method: str
+    least: float
+    """In accuracy, 0–1; 0 means: below, beyond the error of the difference."""
+    types: tuple[str, ...] | None = None
+    """Of questions; None means all."""
+    frames: int | None = None
+    """`--frames`, for the loss by looking too rarely."""
+    lengths: tuple[int, ...] = LENGTHS
+
+
+LOSSES = (
+    Loss("blind", 0.5),
+    Loss("prior", 0.5),
+    Loss("random:ratio=0.1", 0.2),
+    Loss("downsample:ratio=0.1", 0.2),
+    Loss("pevlm:positions=reused,sink=0", 0.1, ORDER),
+    *(Loss("full", 0.0, None, length // 4, (length,)) for length in LENGTHS),
+)
+
+
+def measure(model: str, loss: Loss, length: int, runs: Path, limit: int) -> None:
+    """`vlmbench run` for one row and its baseline; what is stored is not run again."""
+    from vlmbench.progress import Progress
+    from vlmbench.request import RunRequest
+    from vlmbench.runner import run
+
+    request = RunRequest(
+        model=model,
+        methods=() if loss.method == "full" else (loss.method,),
+        suite=f"synthvideo:length={length}",
+        limit=limit,
+        frames=loss.frames,
+        mode="accuracy",
+        out=runs,
+    )
+    with Progress() as progress:
+        if run(request, progress):
+            raise typer.Exit(1)
+
+
+def rows(runs: Path, losses: Sequence[Loss] = LOSSES) -> list[dict[str, Any]]:
+    """One a model, loss and length: both accuracies on the same questions, and their paired difference."""
+    from vlmbench.loaded import Loaded
+    from vlmbench.registry import methods
+    from vlmbench.spec import build, params_of, parse
+    from vlmbench.stats import accuracy_interval, paired_delta
+    from vlmbench.store import ResultStore
+
+    found: dict[tuple[Any, ...], Loaded] = {}
+    for run in map(Loaded, ResultStore(runs).runs()):
+        stored = run.spec
+        key = (stored["model"], stored["suite_params"].get("length"), stored["frames"], run.method)
+        found[(*key, json.dumps(stored["method_params"], sort_keys=True))] = run
+    table = []
+    for model in dict.fromkeys(key[0] for key in found):
+        for loss in losses:
+            spec = parse(loss.method)
+            params = json.dumps(params_of(build(methods.load(spec.name), spec, "Method")), sort_keys=True)
+            for length in loss.lengths:
+                full = found[model, length, None, "full", "{}"]
+                less = found[model, length, loss.frames, spec.name, params]
+                asked = [
+                    id_
+                    for id_, record in full.accuracy.items()
+                    if id_ in less.accuracy and (loss.types is None or record.strata["type"] in loss.types)
+                ]
+                clusters = [full.accuracy[id_].cluster for id_ in asked]
+                dense, theirs = ([run.scores[id_] for id_ in asked] for run in (full, less))
+                accuracy, difference = accuracy_interval(dense, clusters), paired_delta(theirs, dense, clusters)
+                if accuracy is None or difference is None or difference.high is None:
+                    raise typer.BadParameter(f"{runs} holds no answer of {loss.method} at {length} frames.")
+                table.append(
+                    {
+                        "model": model,
+                        "method": loss.method + (f" --frames {loss.frames}" if loss.frames else ""),
+                        "length": length,
+                        "questions": "order" if loss.types else "all",
+                        "n": len(asked),
+                        "full": accuracy.value,
+                        "accuracy": accuracy.value + difference.value,
+                        "loss": -difference.value,
+                        "loss_low": -difference.high,
+                        "loss_high": -difference.low if difference.low is not None else None,
+                        "least": loss.least,
+                        "holds": -difference.value >= loss.least and difference.high < 0,
+                    }
+                )
+    return table
+
+
+def to_markdown(table: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| model | method | frames | questions | n | full | method's | loss [95 %] | at least | |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in table:
+        loss = f"{row['loss']:.2f} [{row['loss_low']:.2f}, {row['loss_high']:.2f}]"
+        lines.append(
+            f"| {row['model']} | `{row['method']}` | {row['length']} | {row['questions']} | {row['n']} | {row['full']:.2f} "
+            f"| {row['accuracy']:.2f} | {loss} | {row['least']:.2f} | {'holds' if row['holds'] else 'MISSING'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Default: both shipped ones.")] = None,
+    limit: Annotated[int, typer.Option(help="Questions a length.")] = 99,
+    runs: Annotated[Path, typer.Option(help="Results folder; what is there is not run again.")] = Path(
+        "runs/discrimination"
+    ),
+    out: Annotated[Path, typer.Option(help="Without suffix: .json and .md are written.")] = Path(
+        "results/cpu/discrimination"
+    ),
+) -> None:
+    for spec in model or MODELS:
+        for loss in LOSSES:
+            for length in loss.lengths:
+                measure(spec, loss, length, runs, limit)
+    table = rows(runs)
+    out.with_suffix(".json").write_text(json.dumps({"schema": 1, "rows": table}, indent=1) + "\n", "utf-8")
+    out.with_suffix(".md").write_text(to_markdown(table), "utf-8")
+    print(to_markdown(table))
+    if not all(row["holds"] for row in table):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
