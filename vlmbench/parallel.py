@@ -51,7 +51,7 @@ class ParallelEncoding(Method):
     def install(self, patch: Patcher, trace: Trace) -> None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        from vlmbench.kernels.block_attention import block_attention
+        from vlmbench.kernels.block_attention import block_attention, runs_fast
 
         def attention(
             module: nn.Module,
@@ -66,10 +66,8 @@ class ParallelEncoding(Method):
         ) -> tuple[Tensor, None]:
             if block_plan is None:  # decode, or nothing to split
                 return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
-            if k.shape[2] != block_plan.length:
-                raise ValueError(
-                    f"the cache must be empty; it holds {k.shape[2] - q.shape[2]} tokens before the prompt"
-                )
+            require_empty_cache(q, k, block_plan)
+            trace.facts["masked"] = not runs_fast(q, k, v)
             return block_attention(q, k, v, block_plan, scale=scaling).transpose(1, 2).contiguous(), None
 
         patch.attention(attention)
@@ -82,6 +80,12 @@ class ParallelEncoding(Method):
         if trace.facts.get("masked"):  # every pair is computed, those above the diagonal too
             return replace(dense, pairs=(prompt.length**2,) * shapes.layers)
         return replace(dense, pairs=(plan.pairs,) * shapes.layers)
+
+
+def require_empty_cache(q: Tensor, k: Tensor, plan: Plan) -> None:
+    """Raise `ValueError` when there are keys from before the prompt: the plan says of none whether it is seen."""
+    if k.shape[2] != plan.length:
+        raise ValueError(f"the cache must be empty; it holds {k.shape[2] - q.shape[2]} tokens before the prompt")
 
 
 def check_units(name: str, **values: int | None) -> None:

@@ -1,0 +1,332 @@
+"""Block attention on a GPU: its tables, its two rivals, what the dispatcher does without it, and true shapes on CUDA.
+
+The kernel itself is run by `interpreted_block_attention.py` under Triton's interpreter, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlmbench.kernels.block_attention import (
+    Plan,
+    SlowPath,
+    block_attention,
+    blocks,
+    flex,
+    fused,
+    is_fast,
+    make_plan,
+    reference,
+    runs_fast,
+    tiles,
+    varlen,
+)
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+SMALL = Plan(17, ((17, 50), (50, 83), (83, 97)), 111)
+
+
+@st.composite
+def plans(draw: Any) -> Plan:
+    edges = [draw(st.integers(0, 40))]
+    for _ in range(draw(st.integers(0, 6))):
+        edges.append(edges[-1] + draw(st.integers(1, 40)))
+    return Plan(edges[0], tuple(pairwise(edges)), edges[-1] + draw(st.integers(1, 40)))
+
+
+def qkv(
+    length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32, device: Any = CPU
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As a model hands them over: heads behind tokens in memory."""
+    generator = torch.Generator(device).manual_seed(length + heads)
+    q, k, v = (
+        torch.randn(1, length, h, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    return q, k, v
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
+def test_the_kernel_under_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_block_attention.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 5 and "skipped" in done.stdout:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_needs_no_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from vlmbench.kernels.block_attention import fused, flex, varlen, is_fast\n"
+        "import torch; assert is_fast(torch.device('cpu'))"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, check=True)
+
+
+@given(plans(), st.sampled_from([16, 64, 128]), st.integers(1, 7))
+def test_query_tiles_cover_every_row_once_and_see_what_the_rule_says(plan: Plan, rows: int, groups: int) -> None:
+    covered = torch.zeros(plan.length * groups, dtype=torch.int64)
+    lengths = []
+    for first, stop, own, far in tiles.query_tiles(plan, rows, groups, CPU).tolist():
+        last = min(first + rows, stop)
+        covered[first:last] += 1
+        i, j = torch.arange(first, last) // groups, torch.arange(plan.length)
+        assert torch.equal(plan.visible(i), (j <= i[:, None]) & ((j < far) | (j >= own)))
+        lengths.append(far + int(i[-1]) - own)
+    assert (covered == 1).all()
+    assert lengths == sorted(lengths, reverse=True)
+
+
+@given(plans(), st.sampled_from([16, 32]))
+def test_the_tiles_of_flex_attention_are_those_of_the_mask(plan: Plan, tile: int) -> None:
+    some, whole = flex.tile_table(plan, tile)
+    for i in range(len(some)):
+        for j in range(len(some)):
+            rows = plan.allow[i * tile : (i + 1) * tile]
+            part = rows[:, j * tile : (j + 1) * tile]
+            assert bool(some[i, j]) == bool(part.any())
+            assert bool(whole[i, j]) == (bool(part.all()) and part.shape[1] == tile)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@given(plans())
+def test_flex_attention_is_the_reference(plan: Plan) -> None:
+    q, k, v = qkv(plan.length, 4, 2, 16)
+    # float32 rounding of averages of at most 320 values near one.
+    torch.testing.assert_close(
+        flex.block_attention(q, k, v, plan, scale=0.3),
+        reference.block_attention(q, k, v, plan, scale=0.3),
+        rtol=0,
+        atol=5e-6,
+    )
+
+
+def test_flex_attention_lists_the_tiles_it_needs() -> None:
+    """Those with some pairs go through the rule, whole ones do not, and the others are not computed."""
+    plan = Plan(300, ((300, 900), (900, 1500)), 1600)
+    mask = flex.block_mask(plan, CPU)
+    some, whole = flex.tile_table(plan)
+    for counts, indices, expected in (
+        (mask.kv_num_blocks, mask.kv_indices, some & ~whole),
+        (mask.full_kv_num_blocks, mask.full_kv_indices, whole),
+    ):
+        assert counts is not None
+        assert indices is not None
+        for row, columns in enumerate(expected):
+            listed = indices[0, 0, row, : int(counts[0, 0, row])]
+            assert listed.tolist() == columns.nonzero()[:, 0].tolist()
+
+
+@given(plans())
+def test_dense_calls_over_packed_sequences_are_the_reference(plan: Plan) -> None:
+    q, k, v = qkv(plan.length, 4, 2, 16)
+    # float32 rounding of averages of at most 320 values near one.
+    torch.testing.assert_close(
+        varlen.block_attention(q, k, v, plan, scale=0.3),
+        reference.block_attention(q, k, v, plan, scale=0.3),
+        rtol=0,
+        atol=5e-6,
+    )
+
+
+def test_the_cpu_keeps_its_own_path() -> None:
+    q, k, v = qkv(111, 4, 2, 16)
+    assert is_fast(CPU)
+    assert runs_fast(q, k, v)
+    assert torch.equal(block_attention(q, k, v, SMALL), blocks.block_attention(q, k, v, SMALL))
+
+
+def test_a_device_without_a_kernel_takes_the_reference_and_says_so_once() -> None:
+    q, k, v = qkv(111, 4, 2, 16)
+    meta = [x.to("meta") for x in (q, k, v)]
+    assert not is_fast(meta[0].device)
+    assert not runs_fast(meta[0], meta[1], meta[2])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            out = block_attention(meta[0], meta[1], meta[2], SMALL)
+    assert out.shape == q.shape
+    assert [each.category for each in caught] == [SlowPath]
+    assert "needs CUDA, not meta" in str(caught[0].message)
+
+
+def test_strictness_turns_the_warning_into_an_error() -> None:
+    q, k, v = (x.to("meta") for x in qkv(111, 4, 2, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPath)
+        for _ in range(2):
+            with pytest.raises(SlowPath, match="as slow as dense"):
+                block_attention(q, k, v, SMALL)
+
+
+def test_each_refusal_is_a_sentence_with_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # past the question of the device; nothing is launched here
+    q, k, v = qkv(111, 4, 2, 16)
+    assert fused.refusal(q, k, v) is None
+    wide = torch.zeros(1, 4, 111, 256)
+    for tensors, words in (
+        ((q.double(), k.double(), v.double()), "float64, float64, float64"),
+        ((q, k, v.half()), "float32, float32, float16"),
+        ((wide, wide, wide), "256, 256, 256"),
+        ((q, k, v[..., :8]), "16, 16, 8"),
+        ((q.transpose(2, 3).contiguous().transpose(2, 3), k, v), "side by side"),
+        ((q.clone().requires_grad_(), k, v), "gradient"),
+    ):
+        assert words in str(fused.refusal(*tensors))
+        with pytest.raises(fused.Refused, match=words):
+            fused.block_attention(*tensors, SMALL)
+    with pytest.raises(fused.Refused, match=r"scale of -1\.0"):
+        fused.block_attention(q, k, v, SMALL, scale=-1.0)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a GPU" in str(fused.refusal(q, k, v))
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert "triton is not installed" in str(fused.refusal(q, k, v))
+
+
+@pytest.mark.parametrize("op", [fused, flex, varlen])
+def test_tensors_that_are_not_the_plans_are_refused(op: Any) -> None:
+    q, k, v = qkv(111, 4, 2, 16)
+    with pytest.raises(ValueError, match="for 111 tokens"):
+        op.block_attention(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1], SMALL)
+    with pytest.raises(ValueError, match="batch is 2"):
+        op.block_attention(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), SMALL)
+    with pytest.raises(ValueError, match="no multiple"):
+        op.block_attention(q[:, :3], k, v, SMALL)
+
+
+# On a GPU. The shape is gpu-pevlm of the fixed workloads with 32 frames instead of 256.
+
+
+def pevlm_plan(frames: int = 32, per_frame: int = 257) -> Plan:
+    units = [(14 + per_frame * i, 14 + per_frame * (i + 1)) for i in range(frames)]
+    plan = make_plan(units, 14 + per_frame * frames + 60, sink=4, block=8)
+    assert plan is not None
+    return plan
+
+
+def check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, roundings: int) -> None:
+    """256 random rows and every region's edges against float64.
+
+    With P = Σ p |v| of a row: each rounding to the tensors' dtype moves it by at most half its eps times P, of which the
+    kernel has two (weights before the second product, output). The float32 part is derived in
+    `interpreted_block_attention.py`; tensor cores cut products' sums off where it rounds, which doubles it.
+    """
+    groups, dim, scale = q.shape[1] // k.shape[1], q.shape[-1], q.shape[-1] ** -0.5
+    edges = [edge for region in tiles.regions(plan) for edge in (region.start, region.stop - 1)]
+    some = torch.randperm(plan.length, generator=torch.Generator().manual_seed(0))[:256]
+    rows = torch.cat([some, torch.tensor(edges)])
+    visible, there = plan.visible(rows).to(q.device), rows.to(q.device)
+    info = torch.finfo(q.dtype)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert out.isfinite().all()
+    for head in range(q.shape[1]):
+        wide, keys, values = q[0, head, there].double(), k[0, head // groups].double(), v[0, head // groups].double()
+        weights = (scale * wide @ keys.T).masked_fill(~visible, float("-inf")).softmax(-1)
+        e = 2 * (dim + 4) * 2**-24 * scale * float(wide.norm(dim=-1).max() * keys.norm(dim=-1).max())
+        relative = roundings * info.eps / 2 + 2 * e + 4 * (plan.length + 8) * 2**-24
+        absolute = (plan.length + 1) * info.tiny * info.eps / 2 * float(values.abs().max())
+        bound = 1.1 * (relative * (weights @ values.abs()) + absolute)
+        assert ((out[0, head, there].double() - weights @ values).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("attend", "roundings"),
+    # Joining two parts rounds each of them, the share of the one, and the result: three more, twice for the blocks' rows.
+    [(fused.block_attention, 2), (flex.block_attention, 2), (varlen.block_attention, 6)],
+    ids=["fused", "flex", "varlen"],
+)
+def test_true_shape_on_cuda(attend: Callable[..., Tensor], roundings: int, dtype: torch.dtype) -> None:
+    plan = pevlm_plan()
+    q, k, v = qkv(plan.length, 28, 4, 128, dtype, "cuda")
+    check_rows(attend(q, k, v, plan), q, k, v, plan, roundings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_head_dimensions_on_cuda(dim: int, dtype: torch.dtype) -> None:
+    plan = pevlm_plan(frames=13, per_frame=37)
+    q, k, v = qkv(plan.length, 6, 2, dim, dtype, "cuda")
+    check_rows(fused.block_attention(q, k, v, plan), q, k, v, plan, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_every_tiling_on_cuda_writes_every_row_and_reads_no_other(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs lie between rows of NaN, and so do outputs before they are written."""
+    from vlmbench.kernels.block_attention import fused_kernel
+
+    plan, empty = pevlm_plan(frames=13, per_frame=37), torch.empty
+    framed = []
+    for seed, heads in enumerate((6, 2, 2)):
+        buffer = torch.full((1, plan.length + 256, heads, 136), float("nan"), dtype=dtype, device="cuda")
+        inner = buffer[:, 128:-128, :, :128]
+        inner.copy_(torch.randn(inner.shape, generator=torch.Generator().manual_seed(seed)))
+        framed.append(inner.transpose(1, 2))
+    q, k, v = framed
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    ran = 0
+    for config in fused_kernel.WIDE if dtype == torch.float32 else fused_kernel.SHORT:
+        tile = fused.Tile(config.kwargs["BM"], config.kwargs["BN"], config.num_warps, config.num_stages)
+        try:
+            out = fused.block_attention(q, k, v, plan, tile=tile)
+        except fused.Refused:
+            continue  # more shared memory than this card has
+        ran += 1
+        check_rows(out, q, k, v, plan, 2)
+    assert ran
+
+
+@pytest.mark.gpu
+def test_offsets_pass_two_to_the_31_on_cuda() -> None:
+    plan, apart, dim = Plan(0, (), 127), 2**31 // 60, 16  # keys from 64 on begin a tile of every tiling
+    numbers = torch.empty(127 * apart, dtype=torch.float16, device="cuda")
+    near = qkv(127, 1, 1, dim, torch.float16, "cuda")
+    q, k, v = (numbers.as_strided((1, 1, 127, dim), (0, 0, apart, 1), 256 * i) for i in range(3))
+    for x, original in zip((q, k, v), near, strict=True):
+        x.copy_(original)
+    here = fused.block_attention(*near, plan)
+    assert torch.equal(fused.block_attention(q, k, v, plan), here)
+
+
+@pytest.mark.gpu
+def test_the_choice_of_tiles_is_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    fused.block_attention(*qkv(111, 2, 1, 40, torch.bfloat16, "cuda"), SMALL)  # a size that no other test tunes
+    assert list(tmp_path.rglob("*.autotune.json"))
+
+
+@pytest.mark.gpu
+def test_cuda_takes_the_kernel_and_wide_heads_the_reference() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPath)
+        block_attention(*qkv(111, 4, 2, 64, torch.bfloat16, "cuda"), SMALL)
+    with pytest.warns(SlowPath, match="256, 256, 256"):
+        block_attention(*qkv(111, 4, 2, 256, torch.bfloat16, "cuda"), SMALL)
