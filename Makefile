@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check tables results bench reference-report
+.PHONY: help setup demo test check tables results bench bench-gpu reference-report
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
@@ -29,7 +29,7 @@ check: setup  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-tables: setup  ## the tables of the README, from the records in results/
+tables: setup  ## the tables of the README and of results/<machine>/, from what is committed there
 	$(BIN)/python -m vlmbench.publish
 
 results: setup  ## measure what results/cpu holds again (minutes; leave the machine alone meanwhile)
@@ -43,6 +43,12 @@ results: setup  ## measure what results/cpu holds again (minutes; leave the mach
 bench: setup  ## the fixed CPU workloads of attention against the best dense kernel (minutes)
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json
+
+# Nothing is installed for it: the machine's own python, torch and transformers, and this checkout.
+bench-gpu:  ## the fixed GPU workloads into OUT=dir, nine minutes (PART=2 the rest, SMOKE=1 a rehearsal on CPU)
+	@test -n "$(OUT)" || { echo 'Say where the rows go: make bench-gpu OUT=dir'; exit 2; }
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m vlmbench.bench_gpu --out '$(OUT)' \
+		$(if $(SMOKE),--smoke) $(if $(PART),--part $(PART))
 
 reference-report: setup  ## look inside the tiny models: accuracies and probes into results/cpu (long; goes on where it stopped)
 	$(BIN)/python -m vlmbench.reference.inside --runs runs/reference --out results/cpu

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from vlmbench import bench
 from vlmbench.errors import RunError
 from vlmbench.kernels.block_attention import blocks
 
-COLUMNS = [
+ROOT = Path(__file__).resolve().parents[1]
+CONTRACT = [
     "op",
     "method",
     "params",
@@ -51,13 +54,23 @@ def test_rows_have_the_contracts_columns_and_pass_the_check(cli: Callable[..., A
     called = cli("bench", "attention", "--method", method, "--check", "--format", "json", *SMALL)
     assert called.code == 0, called.err
     (row,) = json.loads(called.out)["rows"]
-    assert list(row) == COLUMNS
+    assert list(row) == list(bench.COLUMNS)
+    assert list(row)[: len(CONTRACT)] == CONTRACT
+    assert row["flops_share"] > 0
     assert row["tokens"] == 14 + 12 * 4 + 60
     assert len(row["dense_rounds_s"]) == len(row["method_rounds_s"]) == 6
     assert row["check"].startswith("122 rows within")
     assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     assert row["pairs_limit"] > 1
     assert row["peak_bytes"] > 0
+
+
+def test_rows_and_the_committed_ones_follow_the_schema(cli: Callable[..., Any]) -> None:
+    schema = json.loads((ROOT / "docs" / "schema" / "bench.schema.json").read_text())
+    called = cli("bench", "attention", "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+    jsonschema.validate(json.loads(called.out), schema)
+    for path in (ROOT / "results" / "cpu").glob("attention-*.json"):
+        jsonschema.validate(json.loads(path.read_text()), schema)
 
 
 def test_a_list_of_lengths_gives_a_row_each(cli: Callable[..., Any]) -> None:

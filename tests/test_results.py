@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from vlmbench.publish import insert, table
+from vlmbench.publish import insert, machine_texts, table
 from vlmbench.tables import COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,13 @@ def committed() -> list[dict[str, Any]]:
 def test_the_readme_shows_the_committed_results(committed: list[dict[str, Any]]) -> None:
     text = (ROOT / "README.md").read_text()
     assert insert(text, "demo", table(committed)) == text
+
+
+def test_bench_tables_show_the_committed_rows() -> None:
+    texts = machine_texts(ROOT / "results")
+    assert ROOT / "results" / "cpu" / "bench.md" in texts
+    for path, text in texts.items():
+        assert path.read_text() == text
 
 
 def test_markers_must_be_there_once() -> None:

@@ -1,76 +1,86 @@
-"""One attention operation of a method against the best dense kernel, in turns, on a made-up prompt of a given shape.
+"""One operation of a method against the best dense kernel, in turns, on a made-up prompt of a given shape.
 
-The method's own function is timed, as its `install` hands it to the patcher, on random queries, keys and values; what it
-works out once a prompt (`index_s`) is timed apart and shown. Rounds are interleaved and kept.
+Attention is here: the method's own function is timed, as its `install` hands it to the patcher, on random queries, keys and
+values; what it works out once a prompt (`index_s`) is timed apart and shown. Rounds are interleaved and kept. Whole stages
+of a model are in `bench_model`; the rows of both have the same columns.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmbench import ceiling, cost
+from vlmbench.dense import Flex, backends, causal_sdpa, label, only
 from vlmbench.errors import RunError, UsageError
-from vlmbench.layout import Prompt, Span, TokenLayout
-from vlmbench.live import LiveStorages
+from vlmbench.kernels.block_attention import runs_fast
 from vlmbench.machine import pick_device, pick_dtype
+from vlmbench.madeup import Shape, shapes
+from vlmbench.rounds import Clock, Race, Side, fastest, out_of_memory, peak_bytes, race, release
 from vlmbench.session import make_methods
-from vlmbench.spec import nearest, params_of
+from vlmbench.spec import params_of
 from vlmbench.stats import ratio_interval
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
+    from vlmbench.layout import Prompt
     from vlmbench.method import Method
 
-PREFIX, SUFFIX = 14, 60
-"""Text tokens before and after the video in every made-up prompt (the fixed workloads' numbers)."""
+__all__ = ["COLUMNS", "OPS", "Shape", "attention", "bench", "make_methods", "shapes", "to_text"]
+
+OPS = ("attention", "prefill", "decode", "vision")
 CHECKED_ROWS = 256
-WARMUP = 1
+MASK_LIMIT = 2**31
+"""Entries of an N² mask above which the masked reference is not run on a device without a kernel."""
 Attention = Callable[[], Tensor]
+COLUMNS = (
+    *("op", "method", "params", "tokens", "frames", "frame_tokens", "shape", "heads", "kv_heads", "head_dim", "batch"),
+    *("dtype", "device", "dense_s", "dense_kernel", "method_s", "dense_rounds_s", "method_rounds_s"),
+    *("ratio", "ratio_low", "ratio_high", "pairs_limit", "index_s", "check", "peak_bytes", "per_layer"),
+    # Beyond the contract's:
+    *("layers", "model_layers", "steps", "whole_dense_s", "whole_method_s", "flops_limit"),
+    *("dense_flops", "dense_bytes", "method_flops", "method_bytes", "device_flops", "device_bytes_per_s"),
+    *("dense_flops_share", "dense_bytes_share", "flops_share", "bytes_share"),
+    *("dense_tokens_per_s", "method_tokens_per_s", "dense_peak_bytes", "dense_kernels_s", "dense_refused"),
+    *("method_kernels_s", "method_refused"),
+    *("marks", "note"),
+)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One attention layer and the prompt that goes through it."""
+def bench(
+    op: str,
+    spec: str,
+    shape: Shape,
+    *,
+    device: str | None,
+    dtype: str | None,
+    rounds: int,
+    check: bool,
+    layers: int | None = None,
+    steps: int = 32,
+    rivals: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One row; with `rivals` every way to compute the method's attention is timed too.
 
-    frames: int
-    frame_tokens: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    batch: int = 1
-    name: str | None = None
-    """The preset that heads and dimensions are of."""
+    Raises `UsageError` when the method has nothing to do in `op`, `RunError` when `check` finds a wrong row.
+    """
+    if op == "attention":
+        return attention(spec, shape, device=device, dtype=dtype, rounds=rounds, check=check, rivals=rivals, seed=seed)
+    from vlmbench import bench_model
 
-    def __post_init__(self) -> None:
-        """Raises `UsageError`."""
-        for field in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim", "batch"):
-            if getattr(self, field) < 1:
-                raise UsageError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}.")
-        if self.heads % self.kv_heads:
-            raise UsageError(f"--heads {self.heads} must be a multiple of --kv-heads {self.kv_heads}.")
-
-    @property
-    def tokens(self) -> int:
-        return PREFIX + self.frames * self.frame_tokens + SUFFIX
-
-    def prompt(self) -> Prompt:
-        """Text, frames, text; without embeddings."""
-        stop = PREFIX + self.frames * self.frame_tokens
-        spans = [Span("text", 0, PREFIX)]
-        for frame in range(self.frames):
-            start = PREFIX + frame * self.frame_tokens
-            spans.append(Span("video", start, start + self.frame_tokens, 0, frame))
-        layout = TokenLayout((*spans, Span("text", stop, self.tokens)))
-        return Prompt(torch.empty(1, self.tokens, 0), torch.arange(self.tokens)[None], layout, self.tokens)
+    (method,) = make_methods([spec])
+    on = pick_device(device)
+    if check:
+        raise UsageError("--check compares one layer's attention; leave it out here or use bench attention.")
+    return bench_model.row(op, method, shape, on, pick_dtype(dtype, on), rounds, layers, steps, seed)
 
 
 class _Collector:
@@ -85,32 +95,17 @@ class _Collector:
         return lambda *args, **kwargs: None  # hooks and overrides play no part here
 
 
-def shapes(
-    *, tokens: str | None, preset: str | None, heads: int, kv_heads: int, head_dim: int, **sizes: int
-) -> list[Shape]:
-    """The shapes that the options name: one, or one for each prompt length in ``N/N``. Raises `UsageError`."""
-    if preset is not None:
-        from vlmbench.models.catalogue import PRESETS
-        from vlmbench.models.presets import head_shape
-
-        if preset not in PRESETS:
-            raise UsageError(f"No preset is called {preset!r}.{nearest(preset, PRESETS)}")
-        heads, kv_heads, head_dim = head_shape(preset)
-    one = Shape(heads=heads, kv_heads=kv_heads, head_dim=head_dim, name=preset, **sizes)
-    if tokens is None:
-        return [one]
-    found = []
-    for text in tokens.split("/"):
-        if not text.isdigit() or int(text) < PREFIX + SUFFIX + one.frame_tokens:
-            least = PREFIX + SUFFIX + one.frame_tokens
-            raise UsageError(f"--tokens must be numbers of at least {least} with / between them, not {tokens!r}.")
-        found.append(replace(one, frames=(int(text) - PREFIX - SUFFIX) // one.frame_tokens))
-    return found
-
-
 @torch.inference_mode()
 def attention(
-    spec: str, shape: Shape, *, device: str | None, dtype: str | None, rounds: int, check: bool, seed: int = 0
+    spec: str,
+    shape: Shape,
+    *,
+    device: str | None,
+    dtype: str | None,
+    rounds: int,
+    check: bool,
+    rivals: bool = False,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """One row of the contract's bench table.
 
@@ -119,47 +114,76 @@ def attention(
     """
     (method,) = make_methods([spec])
     on = pick_device(device)
-    return _attention(method, shape, on, pick_dtype(dtype, on), rounds, check, seed)
+    return _attention(method, shape, on, pick_dtype(dtype, on), rounds, check, rivals, seed)
 
 
 def _attention(
-    method: Method, shape: Shape, device: torch.device, dtype: torch.dtype, rounds: int, check: bool, seed: int
+    method: Method,
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+    check: bool,
+    rivals: bool,
+    seed: int,
 ) -> dict[str, Any]:
     if shape.batch != 1:
         raise UsageError(f"bench attention takes one prompt at a time; --batch is {shape.batch}.")
-    generator = torch.Generator(device).manual_seed(seed)
-    q, k, v = (
-        # As a model hands them over: heads behind tokens in memory.
-        torch.randn(1, shape.tokens, heads, shape.head_dim, device=device, dtype=dtype, generator=generator).transpose(
-            1, 2
-        )
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
-    )
-    begin = time.perf_counter()
-    prompt = method.prepare(shape.prompt(), Trace())
-    index_s = time.perf_counter() - begin
-    plan = prompt.extras.get("block_plan")
-    own = _method_attention(method, prompt, q, k, v)
-    kernels = _dense_kernels(q, k, v)
     if check and not getattr(method, "plain", True):
         raise UsageError(
             f"{method.name} reweighs its context, which no plain reference does; check it at weights of 1."
         )
-    checked = _check(own(), q, k, v, plan, seed) if check else None
-    clock = _Clock(device)
-    best = min(kernels, key=lambda name: median(clock(kernels[name]) for _ in range(2)))
-    clock(own)
-    dense_s: list[float] = []
-    method_s: list[float] = []
-    for turn in range(WARMUP + rounds):
-        pair = [(kernels[best], dense_s), (own, method_s)]
-        for call, into in pair if turn % 2 else reversed(pair):
-            into.append(clock(call))
-    dense_s, method_s = dense_s[WARMUP:], method_s[WARMUP:]
-    ratios = [dense / mine for dense, mine in zip(dense_s, method_s, strict=True)]
-    interval = ratio_interval(ratios, [str(i) for i in range(rounds)])
-    return {
-        "op": "attention",
+    row = new_row("attention", method, shape, device, dtype) | {"per_layer": True}
+    clock = Clock(device)
+    begin = time.perf_counter()
+    trace = Trace()
+    prompt = method.prepare(shape.prompt(device), trace)
+    row["index_s"] = time.perf_counter() - begin
+    plan = prompt.extras.get("block_plan")
+    if plan is not None:
+        row["pairs_limit"] = shape.tokens * (shape.tokens + 1) / 2 / plan.pairs
+    try:
+        generator = torch.Generator(device).manual_seed(seed)
+        q, k, v = (
+            # As a model hands them over: heads behind tokens in memory.
+            torch.randn(
+                1, shape.tokens, heads, shape.head_dim, device=device, dtype=dtype, generator=generator
+            ).transpose(1, 2)
+            for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        )
+        if plan is not None and not runs_fast(q, k, v):
+            trace.facts["masked"] = True
+        mark_masked(row, trace, device)
+        attend = _method_attention(method, prompt, q, k, v)
+        if check:
+            row["check"] = _check(attend(), q, k, v, plan, seed)
+        own = Side("method", lambda _: attend())
+        best, seconds, refused = fastest(_dense_sides(q, k, v), clock)
+        if best is None and not any("memory" in reason for reason in refused.values()):
+            raise RunError("No dense attention kernel takes this shape here; choose another --dtype or --head-dim.")
+        run = race(best, own, rounds, clock)
+        close_row(row, run, best, seconds, refused)
+        if rivals and plan is not None and getattr(method, "plain", True):
+            _, row["method_kernels_s"], row["method_refused"] = fastest(_rivals(q, k, v, plan, check, seed), clock)
+        if "method" not in run.failed:
+            row["peak_bytes"] = peak_bytes(own, [q, k, v], device)
+        sizes = (shape.tokens, shape.heads, shape.kv_heads, shape.head_dim, dtype.itemsize)
+        n = shape.tokens
+        dense_cost = cost.attention(n * (n + 1) // 2, *sizes)
+        own_cost = cost.attention(plan.pairs if plan is not None else n * (n + 1) // 2, *sizes)
+        add_shares(row, device, dtype, dense_cost, own_cost)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        ran_out(row, "the operation", error)
+    return row
+
+
+def new_row(op: str, method: Method, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A row with everything that is known before anything runs."""
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    return row | {
+        "op": op,
         "method": method.name,
         "params": params_of(method),
         "tokens": shape.tokens,
@@ -172,34 +196,94 @@ def _attention(
         "batch": shape.batch,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "dense_s": median(dense_s),
-        "dense_kernel": best,
-        "method_s": median(method_s),
-        "dense_rounds_s": dense_s,
-        "method_rounds_s": method_s,
-        "ratio": median(ratios),
-        "ratio_low": interval.low if interval else None,
-        "ratio_high": interval.high if interval else None,
-        "pairs_limit": shape.tokens * (shape.tokens + 1) / 2 / plan.pairs if plan is not None else None,
-        "index_s": index_s,
-        "check": checked,
-        "peak_bytes": _peak(own, [q, k, v], device),
-        "per_layer": True,
+        "dense_rounds_s": [],
+        "method_rounds_s": [],
+        "per_layer": False,
+        "marks": ["cpu"] if device.type == "cpu" else [],
     }
+
+
+def mark_masked(row: dict[str, Any], trace: Trace, device: torch.device) -> None:
+    """Say that a mask stood in for a kernel. Raises `UsageError` where the mask alone would be too large."""
+    if not trace.facts.get("masked"):
+        return
+    tokens = row["tokens"]
+    if tokens**2 > MASK_LIMIT:
+        raise UsageError(
+            f"{row['method']} has no kernel on {device.type} here (is triton installed?), and the mask that stands in for "
+            f"it would take {tokens**2 / 2**30:.0f} GiB at {tokens} tokens; use fewer."
+        )
+    row["marks"] = [*row["marks"], "masked"]
+    row["note"] = "no kernel for this device: a dense call under a mask ran"
+
+
+def close_row(
+    row: dict[str, Any], run: Race, best: Side | None, seconds: Mapping[str, float], refused: Mapping[str, str]
+) -> None:
+    """Put what was measured into the row: rounds, ratio with its interval, and who ran out of memory."""
+    row["dense_kernels_s"], row["dense_refused"] = dict(seconds), dict(refused)
+    row["dense_kernel"] = best.name if best else None
+    row["dense_rounds_s"], row["method_rounds_s"] = run.dense_s, run.method_s
+    row["dense_s"] = median(run.dense_s) if run.dense_s else None
+    row["method_s"] = median(run.method_s) if run.method_s else None
+    for side, said in run.failed.items():
+        ran_out(row, "dense attention" if side == "dense" else row["method"], said)
+    if best is None:
+        ran_out(row, "dense attention", "; ".join(refused.values()))
+    elif ratios := run.ratios:
+        interval = ratio_interval(ratios, [str(i) for i in range(len(ratios))])
+        row["ratio"] = median(ratios)
+        row["ratio_low"], row["ratio_high"] = (interval.low, interval.high) if interval else (None, None)
+
+
+def add_shares(
+    row: dict[str, Any], device: torch.device, dtype: torch.dtype, dense: cost.Cost, own: cost.Cost | None
+) -> None:
+    """FLOPs and least bytes of both sides, and the shares of the device's measured rates that their times come to."""
+    reached = ceiling.measure(device, dtype)
+    row["device_flops"], row["device_bytes_per_s"] = reached
+    for side, work, prefix in (("dense", dense, "dense_"), ("method", own, "")):
+        if work is None:
+            continue
+        row[f"{side}_flops"], row[f"{side}_bytes"] = work
+        if seconds := row[f"{side}_s"]:
+            row[f"{prefix}flops_share"] = work.flops / seconds / reached.flops_per_s
+            row[f"{prefix}bytes_share"] = work.bytes / seconds / reached.bytes_per_s
+    if own is not None and own.flops:
+        row["flops_limit"] = dense.flops / own.flops
+
+
+def ran_out(row: dict[str, Any], who: str, error: BaseException | str) -> None:
+    """Mark the row: out of memory ends it, and no other one."""
+    row["marks"] = [*row["marks"], *(["oom"] if "oom" not in row["marks"] else [])]
+    says = f"{who} ran out of memory ({' '.join(str(error).split())[:160]})"
+    row["note"] = f"{row['note']}; {says}" if row["note"] else says
+    release()
 
 
 def to_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """A few columns of the rows for people."""
-    lines = []
-    for row in rows:
-        limit = f" of at most {row['pairs_limit']:.2f}" if row["pairs_limit"] else ""
-        interval = f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["ratio_low"] is not None else ""
-        lines.append(
-            f"{row['method']} {row['tokens']} tokens: {row['ratio']:.2f}×{interval}{limit} "
-            f"({row['method_s']:.4g} s against {row['dense_s']:.4g} s with {row['dense_kernel']}, {row['dtype']} on "
-            f"{row['device']}; check: {row['check'] or 'not asked for'})"
-        )
-    return "\n".join(lines)
+    return "\n".join(_line(row) for row in rows)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    where = f"{row['op']}: {row['method']} {row['tokens']} tokens"
+    if row["per_layer"] and row["layers"]:
+        where += f", {row['layers']} of {row['model_layers']} layers"
+    says = [f"{row['dtype']} on {row['device']}"]
+    if row["op"] == "attention":
+        says.append(f"check: {row['check'] or 'not asked for'}")
+    if row["flops_share"] is not None:
+        says.append(f"{row['flops_share']:.0%} of the device's matrix rate, {row['bytes_share']:.0%} of its bandwidth")
+    says += [f"marks: {', '.join(row['marks'])}"] if row["marks"] else []
+    says += [row["note"]] if row["note"] else []
+    own, dense = (f"{row[key]:.4g} s" if row[key] is not None else "no time" for key in ("method_s", "dense_s"))
+    ratio = "no ratio"
+    if row["ratio"] is not None:
+        ratio = f"{row['ratio']:.2f}×"
+        ratio += f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]" if row["ratio_low"] is not None else ""
+        ratio += f" of at most {row['pairs_limit']:.2f}" if row["pairs_limit"] else ""
+    return f"{where}: {ratio} ({own} against {dense} with {row['dense_kernel'] or 'no kernel'}; {'; '.join(says)})"
 
 
 def _method_attention(method: Method, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> Attention:
@@ -213,30 +297,36 @@ def _method_attention(method: Method, prompt: Prompt, q: Tensor, k: Tensor, v: T
     return lambda: attend(module, q, k, v, None, **options)[0].transpose(1, 2)
 
 
-def _dense_kernels(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attention]:
-    """Every kernel of torch that takes these tensors, causal. The matmul one only where its N² scores are small."""
-    kernels: dict[str, Attention] = {}
-    backends = [SDPBackend.FLASH_ATTENTION]
+def _dense_sides(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Side]:
+    """Every causal kernel that may take these tensors. The matmul one only where its N² scores are small."""
+    sides = {
+        label(backend): Side(label(backend), lambda _: causal_sdpa(q, k, v), around=only(backend))
+        for backend in backends(q.device, q.shape[1] * q.shape[2] ** 2 * 4)
+    }
     if q.device.type == "cuda":
-        backends += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    if q.shape[1] * q.shape[2] ** 2 * 4 < 2**28:
-        backends.append(SDPBackend.MATH)
-    for backend in backends:
+        flex = Flex()
+        sides["flex"] = Side("flex", lambda _: flex(q, k, v), lambda _: flex.prepare(q.shape[2], q.device))
+    return sides
 
-        def call(backend: SDPBackend = backend) -> Tensor:
-            with sdpa_kernel(backend):
-                return functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-                )
 
-        try:
-            call()
-        except RuntimeError:
-            continue  # not for this device, dtype or head size
-        kernels[f"sdpa/{backend.name.lower()}"] = call
-    if not kernels:
-        raise RunError("No dense attention kernel takes this shape here; choose another --dtype or --head-dim.")
-    return kernels
+def _rivals(q: Tensor, k: Tensor, v: Tensor, plan: Any, check: bool, seed: int) -> dict[str, Side]:
+    """Every way there is to compute a plan's attention but the masked one; with `check`, a wrong one has no time."""
+    from vlmbench.kernels.block_attention import blocks, flex, fused, varlen
+
+    ways = {"fused": fused, "flex": flex, "varlen": varlen} | ({"blocks": blocks} if q.device.type == "cpu" else {})
+
+    def side(name: str, attend: Attention) -> Side:
+        @lru_cache  # once, outside the time
+        def first() -> None:
+            if check:
+                try:
+                    _check(attend(), q, k, v, plan, seed)
+                except RunError as error:
+                    raise ValueError(str(error)) from None
+
+        return Side(name, lambda _: attend(), lambda _: first())
+
+    return {name: side(name, partial(way.block_attention, q, k, v, plan)) for name, way in ways.items()}
 
 
 def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Any, seed: int) -> str:
@@ -259,29 +349,3 @@ def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Any, seed: int) -
     if worst > bound:
         raise RunError(f"A row is wrong by {worst:.2g} of its size where {bound:.2g} is allowed; no ratio is given.")
     return f"{len(rows)} rows within {worst:.1e} of their size"
-
-
-def _peak(call: Attention, inputs: list[Tensor], device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated()
-    with LiveStorages(inputs) as live:
-        call()
-    return live.peak
-
-
-class _Clock:
-    """Seconds of one call, the device idle before and after."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-
-    def __call__(self, call: Attention) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        call()
-        if self._cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin

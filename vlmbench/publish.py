@@ -1,6 +1,7 @@
-"""The README's table out of a committed results file: ``python -m vlmbench.publish`` (``make tables``).
+"""Committed tables out of committed results: ``python -m vlmbench.publish`` (``make tables``).
 
-``--check`` writes nothing and fails when the text is not what the results say.
+The README's table, and a ``bench.md`` beside the bench rows of every machine in ``results/``. ``--check`` writes nothing
+and fails when a text is not what the results say.
 """
 
 from __future__ import annotations
@@ -76,6 +77,90 @@ def insert(text: str, name: str, body: str) -> str:
     return found[0]
 
 
+BENCH_HEAD = (
+    "| workload | op | method | shape | tokens | dense kernel | dense, s | method, s | × | at most | share of it "
+    "| matrix rate | bandwidth | peak, GiB | marks |"
+)
+BENCH_NOTE = (
+    "Medians of interleaved rounds; × is dense over method (above 1 is faster) with its 95 % interval. `at most` is dense "
+    "pairs over the method's in attention and dense FLOPs over the method's elsewhere; `share of it` is the ratio over that. "
+    "`matrix rate` and `bandwidth` are the method's shares of what the device reached on a large product and a large copy. "
+    "Empty cells were not measured. Every column: [how we time](../../docs/how-we-time.md)."
+)
+
+
+def bench_rows(folder: Path) -> list[tuple[str, Row]]:
+    """(workload, row) of every bench result in a machine's folder; smoke rows are no results."""
+    found: list[tuple[str, Row]] = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = data.get("rows", []) if isinstance(data, dict) else []
+        found += [(path.stem, row) for row in rows if "op" in row and "dense_s" in row]
+    for path in sorted(folder.glob("rows*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found += [(row["workload"], row) for row in rows]
+    return [(name, row) for name, row in found if "smoke" not in (row.get("marks") or [])]
+
+
+def bench_table(rows: Sequence[tuple[str, Row]]) -> str:
+    """A Markdown table of bench rows. Rows from before a column existed leave its cell empty."""
+    rule = "| --- | --- | --- | --- | ---: | --- |" + " ---: |" * 8 + " --- |"
+    machines = dict.fromkeys(f"{row['device']}, {row['dtype']}" for _, row in rows)
+    lines = [f"Measured on {'; '.join(machines)}.", "", BENCH_HEAD, rule, *(_bench_line(*each) for each in rows)]
+    return "\n".join([*lines, "", BENCH_NOTE])
+
+
+def _bench_line(name: str, row: Row) -> str:
+    limit = row["pairs_limit"] if row["op"] == "attention" else row.get("flops_limit")
+    share = row["ratio"] / limit if limit and row["ratio"] is not None else None
+    layers = f", {row['layers']} of {row['model_layers']} layers" if row.get("layers") and row["per_layer"] else ""
+    ratio = _show(row["ratio"], "{:.2f}")
+    if row["ratio_low"] is not None:
+        ratio += f" [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+    params = ",".join(f"{key}={value}" for key, value in row["params"].items() if value is not None)
+    cells = [
+        name,
+        row["op"],
+        f"`{row['method']}{':' if params else ''}{params}`",
+        (row["shape"] or f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}") + layers,
+        str(row["tokens"]),
+        row["dense_kernel"] or "—",
+        _show(row["dense_s"], "{:.4g}"),
+        _show(row["method_s"], "{:.4g}"),
+        ratio,
+        _show(limit, "{:.2f}"),
+        _show(share, "{:.2f}"),
+        _show(row.get("flops_share"), "{:.0%}"),
+        _show(row.get("bytes_share"), "{:.0%}"),
+        _show(row["peak_bytes"], "{:.2f}", 2**30),
+        ", ".join(row.get("marks") or (["cpu"] if row["device"] == "cpu" else [])) or "—",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def machine_texts(root: Path) -> dict[Path, str]:
+    """``bench.md`` of every machine with bench rows, as it should read."""
+    found = {}
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if rows := bench_rows(folder):
+            title = f"# Bench rows on {folder.name}\n\n{_versions(folder)}"
+            found[folder / "bench.md"] = f"{title}{bench_table(rows)}\n"
+    return found
+
+
+def _versions(folder: Path) -> str:
+    """What `make bench-gpu` wrote about the machine, as a line."""
+    path = folder / "machine.json"
+    if not path.exists():
+        return ""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    versions = ", ".join(
+        f"{name} {facts[name]}" for name in ("python", "torch", "triton", "transformers") if facts[name]
+    )
+    reached = f"{facts['device_flops'] / 1e12:.0f} TFLOP/s and {facts['device_bytes_per_s'] / 1e12:.2f} TB/s reached"
+    return f"{facts['device']}: {versions}; {reached}.\n\n"
+
+
 def main(
     results: Annotated[Path, typer.Option(help="What `vlmbench table --format json` wrote.")] = Path(
         "results/cpu/demo.json"
@@ -83,15 +168,16 @@ def main(
     readme: Annotated[Path, typer.Option(help="The text with the markers.")] = Path("README.md"),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail when the text is out of date.")] = False,
 ) -> None:
-    """Put the committed results into the README."""
+    """Put the committed results into the README and beside the rows of every machine."""
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
-    text = readme.read_text(encoding="utf-8")
-    fresh = insert(text, results.stem, table(rows))
-    if check and fresh != text:
-        typer.echo(f"{readme} does not show what {results} says; run make tables.", err=True)
-        raise typer.Exit(1)
-    if not check:
-        readme.write_text(fresh, encoding="utf-8")
+    texts = {readme: insert(readme.read_text(encoding="utf-8"), results.stem, table(rows))}
+    texts |= machine_texts(results.parents[1])
+    for path, fresh in texts.items():
+        if not check:
+            path.write_text(fresh, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != fresh:
+            typer.echo(f"{path} does not show what is committed in {results.parents[1]}; run make tables.", err=True)
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

@@ -207,9 +207,23 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def config_of(preset: str) -> Any:
+    """The configuration of a preset, whole."""
+    config = _BUILDERS[preset]()[0]
+    config.tie_word_embeddings = preset in _TIED
+    return config
+
+
+def cut(config: Any, layers: int) -> None:
+    """Leave `layers` layers of the language model."""
+    config.text_config.num_hidden_layers = layers
+    if getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = config.text_config.layer_types[:layers]
+
+
 def head_shape(preset: str) -> tuple[int, int, int]:
     """(query heads, key and value heads, head size) of a preset's language model."""
-    text = _BUILDERS[preset]()[0].text_config
+    text = config_of(preset).text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return text.num_attention_heads, text.num_key_value_heads, head_dim
 
@@ -221,9 +235,7 @@ def build(
     config, cls, make_processor = _BUILDERS[preset]()
     config.tie_word_embeddings = preset in _TIED
     if layers is not None:
-        config.text_config.num_hidden_layers = layers
-        if getattr(config.text_config, "layer_types", None):
-            config.text_config.layer_types = config.text_config.layer_types[:layers]
+        cut(config, layers)
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

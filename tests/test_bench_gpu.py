@@ -1,0 +1,108 @@
+"""``make bench-gpu``: rows at once, a crash costs itself, the time is kept, and nothing is needed that a GPU machine lacks."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vlmbench import bench_gpu
+from vlmbench.bench import COLUMNS, OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+LACKING = ("scipy", "av", "decord", "datasets", "jsonschema", "lmms_eval", "matplotlib")
+"""What the smoke must do without."""
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """``make bench-gpu SMOKE=1`` with what a GPU machine may lack made unimportable."""
+    folder = tmp_path_factory.mktemp("smoke")
+    block = f"import sys\nfor name in {LACKING}: sys.modules[name] = None\n"
+    (folder / "sitecustomize.py").write_text(block)
+    command = [sys.executable, "-m", "vlmbench.bench_gpu", "--smoke", "--out", str(folder / "out")]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return folder / "out", done
+
+
+def test_the_rehearsal_writes_a_marked_row_for_every_workload(rehearsed: tuple[Path, Any]) -> None:
+    out, done = rehearsed
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (out / bench_gpu.ROWS).read_text().splitlines()]
+    expected = [each.name for each in bench_gpu.SMOKE if each.part == 1]
+    assert [row["workload"] for row in rows] == expected
+    assert all(list(row) == ["workload", *COLUMNS] for row in rows)
+    assert all("smoke" in row["marks"] and row["device"] == "cpu" for row in rows)
+    assert set(rows[0]["method_kernels_s"]) >= {"blocks", "flex", "varlen"}
+    assert json.loads((out / bench_gpu.MACHINE).read_text())["torch"] == torch.__version__
+    assert sorted(path.name for path in out.iterdir()) == sorted((bench_gpu.ROWS, bench_gpu.LOG, bench_gpu.MACHINE))
+    assert f"{len(expected)} of {len(expected)} workloads have a row" in done.stdout
+
+
+def test_smoke_rows_are_in_no_table(rehearsed: tuple[Path, Any]) -> None:
+    from vlmbench.publish import bench_rows
+
+    assert bench_rows(rehearsed[0]) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: Any) -> None:
+    assert bench_gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().out == "No CUDA device is here; SMOKE=1 rehearses the same on a CPU.\n"
+
+
+def watched(tmp_path: Path, monkeypatch: Any, code: str, budget_s: float) -> tuple[int, str]:
+    """`_Watch` over workers that run `code` with the names of their workloads in ``names``."""
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os, sys, time\nnames = sys.argv[sys.argv.index('--worker') + 1:]\n{code}")
+    start = subprocess.Popen
+
+    def worker(command: list[str], **options: Any) -> Any:
+        return start([sys.executable, "-u", str(script), *command[3:]], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", worker)
+    log = io.StringIO()
+    watch = bench_gpu._Watch(tmp_path, log, time.monotonic() + budget_s, smoke=True)
+    return watch.run([bench_gpu.Workload(name, "attention") for name in "abc"]), log.getvalue()
+
+
+def test_a_crash_costs_itself_and_the_others_go_on(tmp_path: Path, monkeypatch: Any) -> None:
+    code = "for name in names:\n    print('» ' + name, flush=True)\n    if name == 'b': os._exit(9)\n"
+    returned, log = watched(tmp_path, monkeypatch, code, 60)
+    assert returned == 1
+    assert "b ended its worker (exit code 9)" in log
+    assert log.index("» c") > log.index("b ended")
+    assert "Failed b" in log
+
+
+def test_the_time_is_kept_and_what_was_not_reached_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    returned, log = watched(tmp_path, monkeypatch, "print('» a', flush=True); time.sleep(60)", 2)
+    assert returned == 0
+    for name in "abc":
+        assert f"Skipped {name}: the time was up" in log
+
+
+def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
+    from vlmbench.madeup import shapes
+    from vlmbench.session import make_methods
+
+    names = [each.name for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE)]
+    assert len(set(names)) == len(names)
+    for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE):
+        assert each.op in (*OPS, "tests")
+        make_methods([each.method])
+        options = dict(each.options)
+        sizes = {name: options.pop(name, 1) for name in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim")}
+        shapes(tokens=None, preset=options.pop("shape", None), **sizes)
+        assert set(options) <= {"check", "rounds", "layers", "steps", "rivals"}
+    # With the start of the machine's python it must end inside the ten minutes of a command.
+    assert sum(each.about_s for each in bench_gpu.WORKLOADS if each.part == 1) <= bench_gpu.BUDGET_S < 600

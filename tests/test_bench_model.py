@@ -1,0 +1,177 @@
+"""``vlmbench bench prefill|decode|vision``: whole stages through the adapter and method code of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from vlmbench import bench, bench_model, madeup, rounds
+from vlmbench.dense import Flex, causal_sdpa
+from vlmbench.methods.uniform import Uniform
+from vlmbench.models.base import ModelAdapter
+
+SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "schema" / "bench.schema.json"
+SMALL = ("--shape", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--rounds", 2, "--format", "json")
+
+
+def row_of(cli: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    called = cli("bench", *args)
+    assert called.code == 0, called.err
+    data = json.loads(called.out)
+    jsonschema.validate(data, json.loads(SCHEMA.read_text()))
+    (row,) = data["rows"]
+    assert list(row) == list(bench.COLUMNS)
+    return dict(row)
+
+
+@pytest.mark.parametrize(
+    ("op", "method"),
+    [
+        ("prefill", "pevlm:sink=2,block=2"),
+        ("prefill", "downsample:ratio=0.5"),
+        ("decode", "uniform:ratio=0.25"),
+        ("decode", "ape:block=3"),
+        ("vision", "downsample:ratio=0.5"),
+        ("vision", "full"),
+    ],
+)
+def test_rows_are_whole_and_name_the_best_dense_kernel(cli: Callable[..., Any], op: str, method: str) -> None:
+    row = row_of(cli, op, "--method", method, *SMALL, "--steps", 3)
+    assert row["dense_kernel"] == min(row["dense_kernels_s"], key=row["dense_kernels_s"].get)
+    assert len(row["dense_rounds_s"]) == len(row["method_rounds_s"]) == 2
+    assert (row["layers"], row["model_layers"], row["per_layer"]) == (4, 4, False)
+    assert row["whole_dense_s"] is None
+    assert row["marks"] == ["cpu"]
+    assert row["peak_bytes"] > 0
+    assert row["device_flops"] > 0
+    # No share is negative, and none can pass one by more than an unsteady clock.
+    assert row["dense_flops_share"] > 0
+    assert row["flops_limit"] >= 1
+    if op == "decode":
+        assert row["method_tokens_per_s"] == pytest.approx(3 / row["method_s"])
+
+
+def test_fewer_layers_are_marked_and_brought_up_to_the_whole(cli: Callable[..., Any]) -> None:
+    row = row_of(cli, "prefill", "--method", "pevlm:sink=2,block=2", *SMALL, "--layers", 2)
+    assert (row["layers"], row["model_layers"], row["per_layer"]) == (2, 4, True)
+    assert row["whole_dense_s"] > 0
+    assert row["whole_method_s"] > 0
+
+
+def test_the_rest_counts_once_and_the_layers_as_often_as_there_are() -> None:
+    row = {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None}
+    bench_model._Bench._add_whole(None, row, dense_rest=1.0, own_rest=1.0)  # type: ignore[arg-type]
+    assert row == {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None, "whole_dense_s": 1 + 2 * 14}
+
+
+def test_llava_has_its_own_tokens_a_frame(cli: Callable[..., Any]) -> None:
+    row = row_of(cli, "vision", "--method", "full", *SMALL, "--shape", "mini-llava-ov", "--frames", 3)
+    assert row["frame_tokens"] == 4
+    assert row["tokens"] == 14 + 3 * 4 + 60
+
+
+def test_a_prompt_without_layers_comes_back_whole() -> None:
+    adapter = bench_model._load(madeup.Shape(2, 4, 4, 2, 16, name="mini-llava-ov"), 2, *_cpu(), 0)
+    prompt = bench_model.embedded(adapter, madeup.Shape(2, 4, 4, 2, 16))
+    with torch.inference_mode():
+        before = adapter.prefill(prompt, adapter.new_cache(1))
+        with bench_model._without_layers(adapter):
+            assert not len(adapter.layers)
+        assert torch.equal(adapter.prefill(prompt, adapter.new_cache(1)), before)
+    assert "new_cache" not in vars(adapter)
+
+
+@pytest.mark.parametrize("who", ["dense", "method"])
+def test_out_of_memory_ends_its_own_side_only(cli: Callable[..., Any], monkeypatch: Any, who: str) -> None:
+    stock = ModelAdapter.prefill
+
+    def prefill(self: Any, prompt: Any, cache: Any) -> Any:
+        dropped = prompt.length < 14 + 48 + 60
+        if dropped == (who == "method"):
+            torch.empty(1 << 62, dtype=torch.int8)
+        return stock(self, prompt, cache)
+
+    monkeypatch.setattr(ModelAdapter, "prefill", prefill)
+    row = row_of(cli, "prefill", "--method", "uniform:ratio=0.25", *SMALL)
+    other = "method" if who == "dense" else "dense"
+    assert row["marks"] == ["cpu", "oom"]
+    assert "ran out of memory" in row["note"]
+    assert row["ratio"] is None
+    assert row[f"{who}_s"] is None
+    assert row[f"{other}_s"] > 0
+
+
+def test_a_model_too_large_is_a_row_with_a_mark(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench_model, "_load", lambda *args: torch.empty(1 << 62, dtype=torch.int8))
+    row = row_of(cli, "prefill", "--method", "uniform:ratio=0.25", *SMALL)
+    assert row["marks"] == ["cpu", "oom"]
+    assert row["dense_s"] is row["method_s"] is None
+
+
+def test_rounds_turn_and_keep_their_order() -> None:
+    called: list[str] = []
+    dense, own = (rounds.Side(name, partial(_note, called, name)) for name in ("dense", "method"))
+    found = rounds.race(dense, own, 3, rounds.Clock(torch.device("cpu")))
+    assert called == ["dense", "method", "method", "dense"] * 2
+    assert len(found.dense_s) == len(found.method_s) == len(found.ratios) == 3
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_causal_attention() -> None:
+    q, k, v = (torch.randn(1, heads, 130, 16) for heads in (4, 2, 2))
+    # float32 sums in another order
+    assert torch.allclose(Flex(compiled=False)(q, k, v), causal_sdpa(q, k, v), atol=1e-5)
+
+
+def test_frames_are_as_square_as_their_number_allows() -> None:
+    shapes = [madeup.Shape(1, n, 1, 1, 1).grid for n in (256, 257, 196, 60)]
+    assert shapes == [(16, 16), (1, 257), (14, 14), (6, 10)]
+
+
+def test_a_mask_too_large_is_refused_in_a_sentence(monkeypatch: Any) -> None:
+    shape = madeup.Shape(256, 257, 28, 4, 128)
+    row = bench.new_row("attention", Uniform(), shape, *_cpu())
+    with pytest.raises(bench.UsageError, match="triton installed"):
+        bench.mark_masked(row, bench.Trace(facts={"masked": True}), torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "says"),
+    [
+        ("prefill", ("--method", "prior"), "never calls the model"),
+        ("decode", ("--method", "pevlm"), "pevlm changes nothing in decode"),
+        ("vision", ("--method", "pevlm"), "it acts in: prefill"),
+        ("vision", ("--method", "blind"), "encodes no frame"),
+        ("vision", ("--method", "full", "--frame-tokens", 257), "1 × 257"),
+        ("prefill", ("--method", "downsample:axis=pixels"), "changes the size of frames"),
+        ("prefill", ("--method", "pevlm", "--layers", 5), "from 1 to mini-qwen2.5-vl's 4"),
+        ("decode", ("--method", "full", "--steps", 0), "--steps must be at least 1"),
+        ("prefill", ("--method", "full", "--batch", 2), "one prompt at a time"),
+        ("prefill", ("--method", "full", "--check"), "use bench attention"),
+        ("prefill", ("--method", "full", "--device", "cuda:9"), "not here"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(cli: Callable[..., Any], op: str, options: Any, says: str) -> None:
+    called = cli("bench", op, *SMALL, *options)
+    assert called.code == 2
+    assert says in called.err
+    assert called.err.count("\n") == 1
+
+
+def test_a_stage_needs_a_model(cli: Callable[..., Any]) -> None:
+    assert "name its --shape" in cli("bench", "prefill", "--method", "full").err
+
+
+def _note(into: list[str], name: str, given: Any) -> None:
+    into.append(name)
+
+
+def _cpu() -> tuple[torch.device, torch.dtype]:
+    return torch.device("cpu"), torch.float32

@@ -1,0 +1,103 @@
+"""``vlmbench plan``: what it says without running is what a run counts and measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmbench import counted
+from vlmbench.backend import Identity
+from vlmbench.cards import CARDS
+from vlmbench.engine import TorchBackend
+from vlmbench.methods.full import Full
+from vlmbench.methods.pevlm import Pevlm
+from vlmbench.methods.uniform import Uniform
+from vlmbench.plan import COLUMNS, stages
+from vlmbench.suite import Sample
+
+SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "schema" / "plan.schema.json"
+QUESTION = "where is the red circle ?"
+SAMPLE = Sample("s", "c", (), QUESTION, "topleft", "where ?")
+NEW_TOKENS = 5
+SMALL = ("--model", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--device", "h200")
+
+
+@pytest.mark.parametrize("method", [Full(), Uniform(ratio=0.5), Pevlm(sink=1, block=1)], ids=lambda m: m.name)
+def test_a_plan_is_what_a_run_counts_and_measures(adapter: Any, clip: Callable[..., Any], method: Any) -> None:
+    backend = TorchBackend(adapter, Identity("mini", None, "", "float32", "cpu", "cpu", "sdpa", "sdpa", "sdpa"))
+    frames = clip(6, side=112)
+    with backend.attach(method):
+        ask = (method, SAMPLE, QUESTION, [frames])
+        work = backend.answer(*ask, pass_="accuracy", max_new_tokens=NEW_TOKENS).work
+        memory = backend.answer(*ask, pass_="memory", max_new_tokens=NEW_TOKENS).memory
+    assert work is not None
+    assert memory is not None
+    with torch.inference_mode():
+        inputs = adapter.inputs([frames], QUESTION)
+        layout = adapter.splice(inputs, adapter.encode_vision(inputs)).layout
+    without = counted.model_without_storage(adapter.config, adapter.dtype)
+    planned = {row["stage"]: row for row in stages(without, method, layout, inputs, CARDS["h200"], NEW_TOKENS)}
+    assert planned["prefill"]["flops"] == work["flops"]
+    assert planned["prefill"]["kv_bytes"] == memory.kv_bytes
+    # A tenth: the method's own temporaries and the rounding of allocators are not in a plan, nor is
+    # preprocessing, which on a GPU machine is on the host.
+    for stage in ("vision", "prefill", "decode"):
+        assert planned[stage]["peak_bytes"] == pytest.approx(memory.stages[stage], rel=0.1), stage
+
+
+def test_the_towers_flops_are_what_torch_counts_on_real_tensors(adapter: Any, clip: Callable[..., Any]) -> None:
+    with torch.inference_mode(), adapter.attention("eager"), FlopCounterMode(display=False) as counter:
+        inputs = adapter.inputs([clip(6, side=84)], QUESTION)
+        adapter.encode_vision(inputs)
+    assert counted.vision_cost(adapter, inputs).flops == counter.get_total_flops()
+
+
+def test_rows_follow_the_schema_and_drops_show(cli: Callable[..., Any]) -> None:
+    rows = {}
+    for method in ("full", "uniform:ratio=0.25", "blind", "downsample:ratio=0.5", "pevlm:sink=2,block=2"):
+        called = cli("plan", *SMALL, "--method", method, "--format", "json")
+        assert called.code == 0, called.err
+        data = json.loads(called.out)
+        jsonschema.validate(data, json.loads(SCHEMA.read_text()))
+        assert [list(row) for row in data["rows"]] == [list(COLUMNS)] * 3
+        rows[method.partition(":")[0]] = {row["stage"]: row for row in data["rows"]}
+    full = rows.pop("full")
+    assert all(each["prefill"]["flops"] < full["prefill"]["flops"] for each in rows.values())
+    assert rows["uniform"]["prefill"]["tokens"] == 14 + 12 + 60
+    assert rows["uniform"]["vision"]["flops"] == full["vision"]["flops"]
+    assert rows["downsample"]["vision"]["flops"] * 2 == full["vision"]["flops"]
+    assert rows["blind"]["vision"]["flops"] == 0
+    assert rows["pevlm"]["prefill"]["kv_bytes"] == full["prefill"]["kv_bytes"]
+
+
+def test_it_says_whether_it_fits(cli: Callable[..., Any]) -> None:
+    long = ("plan", "--model", "qwen2.5-vl-7b@random:layers=2", "--tokens", "1000000")
+    assert "It does not fit" in cli(*long, "--device", "4090").out
+    assert "It fits" in cli("plan", *SMALL).out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--device", "h201"), "known are h200, h100, a100-80g, a100-40g, l40s, 4090. Did you mean 'h200'?"),
+        (("--method", "prior"), "never calls the model"),
+        (("--method", "downsample:axis=pixels"), "changes the size of frames"),
+        (("--model", "qwen2.5-vl-8b"), "No model is called"),
+        (("--model", "qwen2.5-vl-8b@random"), "Did you mean 'qwen2.5-vl-7b'"),
+        (("--tokens", "12"), "--tokens must be numbers"),
+        (("--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
+        (("--dtype", "float8"), "--dtype must be one of"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(cli: Callable[..., Any], options: Any, says: str) -> None:
+    called = cli("plan", *SMALL, *options)
+    assert called.code == 2
+    assert says in called.err
+    assert called.err.count("\n") == 1

@@ -1,0 +1,43 @@
+"""Published numbers of cards that people rent: what `plan` holds a stage against.
+
+Dense bf16 (datasheets print the sparse figure, twice as high, in larger type), bandwidth, and memory in units of 10⁹ bytes.
+A card shows a little more memory than that, which the CUDA context and fragmentation take.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vlmbench.errors import UsageError
+from vlmbench.spec import nearest
+
+
+class Card(NamedTuple):
+    flops_per_s: float
+    """Dense bf16 matrix products, float32 accumulation."""
+    bytes_per_s: float
+    memory_bytes: int
+
+
+CARDS: dict[str, Card] = {
+    # NVIDIA H200 datasheet, SXM column: 1,979 TFLOPS bf16 with sparsity, 4.8 TB/s, 141 GB.
+    "h200": Card(989.4e12, 4.8e12, 141 * 10**9),
+    # NVIDIA H100 datasheet, SXM column: 1,979 TFLOPS bf16 with sparsity, 3.35 TB/s, 80 GB.
+    "h100": Card(989.4e12, 3.35e12, 80 * 10**9),
+    # NVIDIA A100 datasheet, 80 GB SXM: 312 TFLOPS bf16, 2,039 GB/s.
+    "a100-80g": Card(312e12, 2.039e12, 80 * 10**9),
+    # NVIDIA A100 datasheet, 40 GB SXM: 312 TFLOPS bf16, 1,555 GB/s.
+    "a100-40g": Card(312e12, 1.555e12, 40 * 10**9),
+    # NVIDIA L40S datasheet: 362.05 TFLOPS bf16 without sparsity, 864 GB/s, 48 GB.
+    "l40s": Card(362.05e12, 0.864e12, 48 * 10**9),
+    # NVIDIA Ada GPU architecture whitepaper, RTX 4090: 165.2 TFLOPS bf16 with fp32 accumulation, 1,008 GB/s, 24 GB.
+    "4090": Card(165.2e12, 1.008e12, 24 * 10**9),
+}
+
+
+def card(name: str) -> Card:
+    """Raises `UsageError` with the known names."""
+    if name.lower() not in CARDS:
+        known = ", ".join(CARDS)
+        raise UsageError(f"No card is called {name!r}; known are {known}.{nearest(name.lower(), CARDS)}")
+    return CARDS[name.lower()]

@@ -1,0 +1,58 @@
+"""FLOPs and the least bytes of one stage from shapes alone, and the roofline time they leave.
+
+The least bytes are every weight, input and key read once and every result written once: no version moves fewer, every
+real one moves more (activations between operations are not in them).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vlmbench import work as works
+from vlmbench.method import Work
+
+if TYPE_CHECKING:
+    from vlmbench.models.base import Shapes
+
+
+class Cost(NamedTuple):
+    flops: int
+    bytes: int
+
+    def roofline_s(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The larger of the two times: no version runs faster."""
+        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+
+
+def attention(pairs: int, tokens: int, heads: int, kv_heads: int, head_dim: int, size: int) -> Cost:
+    """One layer's attention; `size` bytes an element, q, k and v read and the output written."""
+    return Cost(4 * pairs * heads * head_dim, 2 * (heads + kv_heads) * tokens * head_dim * size)
+
+
+def kv_bytes(tokens: int, shapes: Shapes, size: int) -> int:
+    """Keys and values of `tokens` tokens in all layers."""
+    return 2 * shapes.layers * shapes.kv_heads * shapes.head_dim * size * tokens
+
+
+def weight_bytes(shapes: Shapes, size: int, neurons: tuple[int, ...] | None = None) -> int:
+    """The language model's matrices and its head, as far as one pass reads them."""
+    projections = shapes.hidden * shapes.head_dim * 2 * (shapes.heads + shapes.kv_heads)
+    used = neurons or (shapes.intermediate,) * shapes.layers
+    layers = sum(projections + 3 * shapes.hidden * each for each in used)
+    return (layers + shapes.hidden * shapes.vocab) * size
+
+
+def prefill(work: Work, shapes: Shapes, size: int) -> Cost:
+    """FLOPs as `vlmbench.work` counts them. No tokens at all cost nothing."""
+    if not any(work.tokens):
+        return Cost(0, 0)
+    tokens = max(work.tokens)
+    moved = weight_bytes(shapes, size, work.neurons) + tokens * shapes.hidden * size
+    return Cost(works.flops(work, shapes), moved + kv_bytes(1, shapes, size) * sum(work.tokens) // shapes.layers)
+
+
+def decode(keys: int, shapes: Shapes, size: int) -> Cost:
+    """One generated token that sees `keys` keys, its own included, in every layer."""
+    layers = shapes.layers
+    one = Work((1,) * layers, (keys,) * layers, (shapes.intermediate,) * layers)
+    return Cost(works.flops(one, shapes), weight_bytes(shapes, size) + kv_bytes(keys, shapes, size))

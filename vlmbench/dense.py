@@ -1,0 +1,72 @@
+"""Every dense attention that torch has here: the SDPA backends, and on CUDA FlexAttention compiled.
+
+A method is held against the fastest of them; the names are those of the column `dense_kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+SCORES_LIMIT = 2**28
+"""Bytes of N² scores above which the kernel that writes them down is left out."""
+
+
+def backends(device: torch.device, score_bytes: int) -> list[SDPBackend]:
+    """SDPA backends worth trying on this device; which of them take a shape is found out by calling them."""
+    found = [SDPBackend.FLASH_ATTENTION]
+    if device.type == "cuda":
+        found += [SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if score_bytes < SCORES_LIMIT:
+        found.append(SDPBackend.MATH)
+    return found
+
+
+def label(backend: SDPBackend) -> str:
+    return f"sdpa/{backend.name.lower()}"
+
+
+def only(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which SDPA dispatches to this backend or refuses."""
+    return lambda: sdpa_kernel(backend)
+
+
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``."""
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+class Flex:
+    """Causal FlexAttention, its block mask made once a length. Compiled unless a test asks for the slow way."""
+
+    def __init__(self, compiled: bool = True) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        # One graph a shape: a dynamic one is slower, and nobody would compare with it.
+        self._attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+        self._make_mask: Callable[..., Any] = torch.compile(create_block_mask) if compiled else create_block_mask
+        self._masks: dict[int, Any] = {}
+
+    def prepare(self, n: int, device: torch.device) -> None:
+        """Make the mask of a length outside the time: like a plan, it is the same in every layer."""
+        if n not in self._masks:
+            self._masks[n] = self._make_mask(_causal, None, None, n, n, device=device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[2]
+        self.prepare(n, q.device)
+        return self._attend(q, k, v, block_mask=self._masks[n], enable_gqa=q.shape[1] != k.shape[1])
+
+    def as_model_attention(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Any, None]:
+        """For `Patcher.attention`; prefill from an empty cache only."""
+        return self(q, k, v).transpose(1, 2).contiguous(), None
+
+
+def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key

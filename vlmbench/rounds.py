@@ -1,0 +1,138 @@
+"""Two sides timed in turns: interleaved rounds whose order turns, warm-up outside, a side that runs out of memory named."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmbench.live import LiveStorages
+
+WARMUP = 1
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contender. `around` is entered and `ready` called before the clock starts; only `call` is timed."""
+
+    name: str
+    call: Callable[[Any], Any]
+    """Takes what `ready` gave."""
+    ready: Callable[[Any], Any] = lambda entered: entered
+    """Takes what entering `around` gave."""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def seconds(self, clock: Clock) -> float:
+        with self.around() as entered:
+            given = self.ready(entered)
+            return clock(lambda: self.call(given))
+
+
+class Clock:
+    """Seconds of one call, the device idle before and after."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def __call__(self, call: Callable[[], Any]) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+@dataclass
+class Race:
+    """What was measured; a side that ran out of memory has no rounds and says so in `failed`."""
+
+    dense_s: list[float] = field(default_factory=list)
+    method_s: list[float] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    """"dense" or "method" -> what the allocator said."""
+
+    @property
+    def ratios(self) -> list[float]:
+        """Dense over method, round by round; empty when either side is missing."""
+        if self.failed:
+            return []
+        return [dense / own for dense, own in zip(self.dense_s, self.method_s, strict=True)]
+
+
+def race(dense: Side | None, own: Side, rounds: int, clock: Clock) -> Race:
+    """`WARMUP` rounds that do not count and `rounds` that do; a side that runs out of memory leaves the race."""
+    found = Race()
+    into = {"dense": found.dense_s, "method": found.method_s}
+    sides = {"method": own} | ({"dense": dense} if dense else {})
+    for turn in range(WARMUP + rounds):
+        for key in sorted(sides, reverse=bool(turn % 2)):
+            if key in found.failed:
+                continue
+            try:
+                into[key].append(sides[key].seconds(clock))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                found.failed[key] = first_line(error)
+                into[key].clear()
+                release()
+    for seconds in into.values():
+        del seconds[:WARMUP]
+    return found
+
+
+def fastest(sides: Mapping[str, Side], clock: Clock) -> tuple[Side | None, dict[str, float], dict[str, str]]:
+    """The fastest side that runs here, the seconds of each after a warm-up, and why the others did not run."""
+    seconds: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, side in sides.items():
+        try:
+            side.seconds(clock)
+            seconds[name] = median(side.seconds(clock) for _ in range(2))
+        except (
+            RuntimeError,
+            ValueError,
+            ImportError,
+        ) as error:  # not for this device, dtype or size; or no compiler for it
+            refused[name] = first_line(error)
+            release()
+    best = min(seconds, key=lambda name: seconds[name]) if seconds else None
+    return (sides[best] if best else None), seconds, refused
+
+
+def peak_bytes(side: Side, known: list[Tensor], device: torch.device) -> int:
+    """Most bytes held while `side` runs, `known` tensors (weights, inputs) included."""
+    with side.around() as entered:
+        given = side.ready(entered)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            side.call(given)
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        with LiveStorages(known) as live:
+            side.call(given)
+        return live.peak
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """The CPU allocator has no exception class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def release() -> None:
+    """Hand the allocator's unused blocks back after a failure."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:200] or type(error).__name__
