@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Traits
-from vlmbench.parallel import ParallelEncoding, check_units, reuse_positions
+from vlmbench.parallel import ParallelEncoding, check_units, require_empty_cache, reuse_positions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -103,6 +103,7 @@ class Ape(ParallelEncoding):
             if block_plan is None:
                 out = adaptive_attention(q, k, v, context, **weigh)
             else:
+                require_empty_cache(q, k, block_plan)
                 out = before_tail(q, k, v, plan, scale=scaling)
                 out[:, :, plan.tail :] = adaptive_attention(q[:, :, plan.tail :], k, v, context, **weigh)
             return out.transpose(1, 2).contiguous(), None

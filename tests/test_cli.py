@@ -38,7 +38,9 @@ def test_help_costs_a_fifth_of_a_second_at_most() -> None:
     assert cpu_s("-m", "vlmbench", "--help") - cpu_s("-c", "pass") <= 0.2
 
 
-@pytest.mark.parametrize("args", [["--help"], ["run", "--help"], ["list"], ["list", "models", "--format", "json"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["run", "--help"], ["fit", "--help"], ["list"], ["list", "models", "--format", "json"]]
+)
 def test_help_and_listing_import_nothing_heavy(args: list[str]) -> None:
     code = (
         "import sys; from vlmbench.cli import main\n"
@@ -136,6 +138,19 @@ def test_a_signal_has_its_exit_code_and_the_handler_is_put_back(
     done = cli("run")
     assert (done.code, done.err) == (code, f"Error: Stopped by {number.name}; the same command goes on from here.\n")
     assert signal.getsignal(number) is before
+
+
+def test_a_command_that_starts_again_does_not_promise_to_go_on(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fit(*_: object, **__: object) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        return 0
+
+    monkeypatch.setattr("vlmbench.fitting.fit", fit)
+    done = cli("fit", "--method", "pevlm", "--suite", "synthvideo:length=32", "--out", tmp_path / "a.json")
+    assert (done.code, done.err) == (130, "Error: Stopped by SIGINT.\n")
 
 
 def test_the_options_reach_the_runner_and_its_exit_code_comes_back(

@@ -26,15 +26,15 @@ from vlmbench.reference.build import LLAVA, QWEN, TOKENS_PER_UNIT, UNK, make_mod
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, clip_of, make_pool, scene_of
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
-from vlmbench.reference.prompts import image_prefix, make_batch, video_prefix
-from vlmbench.reference.stages import Phase, Recipe, Stage, answer_logits, ask_all, gaps
+from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
+from vlmbench.reference.stages import Phase, Recipe, Stage, answer_logits, ask_all, gaps, hidden_states, order_targets
 from vlmbench.reference.train import Trainer
 from vlmbench.reference.words import VOCABULARY
 from vlmbench.suite import Caption
 from vlmbench.suites._synth.captions import EVERY
 from vlmbench.suites._synth.encode import FPS
 from vlmbench.suites._synth.questions import questions, sample_questions
-from vlmbench.suites._synth.scene import TEST_SEED, Scene, make_scene
+from vlmbench.suites._synth.scene import COLOURS, PLACES, SHAPES, TEST_SEED, Scene, make_scene
 from vlmbench.trace import Trace
 from vlmbench.video import Clip
 
@@ -229,7 +229,7 @@ def test_training_sees_what_a_user_makes_the_model_see(
         prefix, flat = video_prefix(name, features.shape[1], with_text), features.flatten(1, 2)
     batch = make_batch(prefix, asked, adapter.processor.tokenizer, texts)
     with torch.no_grad():
-        taught = answer_logits(adapter.model, flat, batch)
+        taught = answer_logits(adapter.model, hidden_states(adapter.model, flat, batch)[-1], batch)
 
     clip = film(pool.frames[0], "image" if kind == IMAGE else "video")
     inputs = adapter.inputs([clip], asked[0][1].text, between(texts[0]) if texts else ())
@@ -279,6 +279,28 @@ def test_an_assembled_clip_shows_its_scene_and_nothing_else(library: tuple[Libra
 
 def look(event: Any) -> tuple[str, str, str]:
     return event.colour, event.shape, event.place
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_what_a_token_should_know_of_the_order_is_what_happened(group: int) -> None:
+    """At the four tokens of an event's quadrant, in each unit that shows it: its predecessor, and how many came before."""
+    scenes = [make_scene(seed, 32) for seed in range(20)]
+    targets = order_targets(scenes, 32 // group, group).view(20, 32 // group, 4, 4, 3)  # rows, columns of a unit
+    for scene, found in zip(scenes, targets, strict=True):
+        for unit in range(32 // group):
+            shown = [e for e in scene.events if e.start < (unit + 1) * group and unit * group < e.stop]
+            for row, column in np.ndindex(2, 2):
+                there = [e for e in shown if e.place == PLACES[2 * row + column]]
+                quadrant = found[unit, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].reshape(-1, 3).tolist()
+                assert len({tuple(each) for each in quadrant}) == 1
+                if not there:
+                    assert quadrant[0] == [IGNORED] * 3
+                    continue
+                number = scene.events.index(there[-1])
+                before = scene.events[number - 1] if number else None
+                colour = COLOURS.index(before.colour) if before else len(COLOURS)
+                shape = SHAPES.index(before.shape) if before else len(SHAPES)
+                assert quadrant[0] == [colour, shape, number]
 
 
 @pytest.mark.parametrize("name", NAMES)

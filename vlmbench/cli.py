@@ -51,6 +51,9 @@ class Listing(StrEnum):
 
 class BenchOp(StrEnum):
     attention = "attention"
+    prefill = "prefill"
+    decode = "decode"
+    vision = "vision"
 
 
 class TableFormat(StrEnum):
@@ -89,6 +92,10 @@ def run(
     timed: Annotated[
         int | None, typer.Option(help="Videos that latency and memory are measured on. Default: 8.")
     ] = None,
+    latency_limit: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Accuracy at the most frames that each method answers in that time."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
@@ -125,6 +132,7 @@ def run(
         warmup=warmup,
         repeats=repeats,
         timed=timed if timed is not None else DEMO_TIMED if demo else 8,
+        latency_limit=latency_limit,
         threads=threads,
         device=device,
         dtype=dtype,
@@ -141,6 +149,50 @@ def run(
     )
     with Progress() as progress:
         return start(request, progress)
+
+
+@app.command()
+def fit(
+    method: Annotated[str, typer.Option(metavar="SPEC", help="The method to fit.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The artefact to write.")],
+    suite: Annotated[str, typer.Option(metavar="SPEC", help="Its train split is used.")],
+    model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Settings to try at most. Default: all.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames a video. Default: the suite's own.")] = None,
+    limit: Annotated[int, typer.Option(help="Train questions.")] = 60,
+    max_loss: Annotated[float, typer.Option(help="Share of answers that may differ from full attention's.")] = 0.02,
+    sampler: Annotated[str | None, typer.Option(metavar="RULE", help="How frames are picked.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest frame in pixels. Default: the model's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the weights.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Choose a method's parameters for a model on a suite's train split, and write them to a file."""
+    from vlmbench.fitting import fit as start
+    from vlmbench.progress import Progress
+    from vlmbench.request import RunRequest
+
+    request = RunRequest(
+        model=model,
+        methods=(method,),
+        suite=suite,
+        limit=limit,
+        frames=frames,
+        sampler=sampler,
+        max_pixels=max_pixels,
+        mode="accuracy",
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        offline=offline,
+        debug=debug,
+    )
+    with Progress() as progress:
+        return start(request, out, max_loss=max_loss, steps=steps, progress=progress)
 
 
 @app.command(name="list")
@@ -195,11 +247,15 @@ def bench(
     tokens: Annotated[
         str | None, typer.Option(metavar="N/N", help="Prompt lengths instead of --frames, one row each.")
     ] = None,
-    shape: Annotated[str | None, typer.Option(metavar="PRESET", help="Heads of a published model.")] = None,
+    shape: Annotated[
+        str | None, typer.Option(metavar="PRESET", help="Heads of a published model; the whole of it beyond attention.")
+    ] = None,
     heads: Annotated[int, typer.Option(help="Query heads.")] = 4,
     kv_heads: Annotated[int, typer.Option(help="Key and value heads.")] = 2,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
     batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 1,
+    layers: Annotated[int | None, typer.Option(help="Of the language model, beyond attention. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(help="Tokens that decode generates.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that count.")] = 7,
     check: Annotated[bool, typer.Option("--check", help="Compare with float64 first; no ratio on a mismatch.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
@@ -207,7 +263,7 @@ def bench(
     format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
-    """Time one operation of a method against the best dense kernel, in turns."""
+    """Time one operation of a method, or a stage of a model with it, against the best dense kernel, in turns."""
     from vlmbench import bench as benches
 
     if rounds < 1:
@@ -222,11 +278,46 @@ def bench(
         head_dim=head_dim,
         batch=batch,
     )
-    rows = [benches.attention(method, size, device=device, dtype=dtype, rounds=rounds, check=check) for size in sizes]
+    rows = [
+        benches.bench(
+            op, method, each, device=device, dtype=dtype, rounds=rounds, check=check, layers=layers, steps=steps
+        )
+        for each in sizes
+    ]
     if format is Listing.json:
         _print_rows(rows)
     else:
         print(benches.to_text(rows))
+    return 0
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(metavar="SPEC", help="A preset, a shipped model, a folder or a hub id.")],
+    device: Annotated[str, typer.Option(metavar="CARD", help="h200, h100, a100-80g, a100-40g, l40s or 4090.")],
+    method: Annotated[str, typer.Option(metavar="SPEC", help="The method.")] = "full",
+    frames: Annotated[int, typer.Option(help="Temporal units of the video (Qwen-VL: pairs of frames).")] = 64,
+    frame_tokens: Annotated[int, typer.Option(help="Tokens of each; a fixed-size tower has its own number.")] = 256,
+    tokens: Annotated[str | None, typer.Option(metavar="N/N", help="Prompt lengths instead of --frames.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Answer tokens.")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Say what a model, method and length take on a card, without loading or running anything."""
+    from vlmbench import plan as plans
+    from vlmbench.machine import pick_device, pick_dtype
+    from vlmbench.madeup import shapes
+    from vlmbench.session import make_methods
+
+    (one,) = make_methods([method])
+    kind = pick_dtype(dtype, pick_device("cpu"))
+    sizes = shapes(tokens=tokens, frames=frames, frame_tokens=frame_tokens, preset=None)
+    planned = [plans.plan(model, one, each, device, kind, max_new_tokens) for each in sizes]
+    if format is Listing.json:
+        _print_rows([row for rows in planned for row in rows])
+    else:
+        print("\n".join(plans.to_text(rows) for rows in planned))
     return 0
 
 
@@ -258,7 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, str(error), 1, args)
     except Stopped as error:
         number = signal.Signals(error.args[0])
-        return _fail(error, f"Stopped by {number.name}; the same command goes on from here.", 128 + number, args)
+        goes_on = "; the same command goes on from here" if args[:1] == ["run"] else ""
+        return _fail(error, f"Stopped by {number.name}{goes_on}.", 128 + number, args)
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: an unknown command, option or value
             error.show()

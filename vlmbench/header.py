@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmbench.errors import UsageError
+from vlmbench.files import write_json
 from vlmbench.record import SCHEMA
 
 if TYPE_CHECKING:
@@ -112,18 +113,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
     """Replace it atomically: whoever reads sees the old one or the new one, whole. Raises `OSError`."""
-    path = folder / "header.json"
-    text = json.dumps(header, indent=1, default=str) + "\n"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    write_json(folder / "header.json", header)
 
 
 def now() -> str:

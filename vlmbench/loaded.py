@@ -37,12 +37,12 @@ class Loaded:
 
     @property
     def suite(self) -> str:
-        return str(Spec(self.spec["suite"], _texts(self.spec["suite_params"])))
+        return str(Spec(self.spec["suite"], texts(self.spec["suite_params"])))
 
     @property
     def params(self) -> str:
         """``key=value,…`` of the method, defaults included."""
-        return str(Spec("", _texts(self.spec["method_params"]))).lstrip(":")
+        return str(Spec("", texts(self.spec["method_params"]))).lstrip(":")
 
     @property
     def group(self) -> str:
@@ -90,7 +90,7 @@ def median_of(values: Iterable[float]) -> float | None:
     return median(known) if known else None
 
 
-def _texts(params: Mapping[str, Any]) -> dict[str, str]:
+def texts(params: Mapping[str, Any]) -> dict[str, str]:
     """Parameters as one would type them; those that are None are left out."""
     return {key: _text(value) for key, value in params.items() if value is not None}
 

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 if TYPE_CHECKING:
+    from vlmbench.artefact import Artefact
+    from vlmbench.backend import Identity
+    from vlmbench.fitting import Fitting
     from vlmbench.layout import Prompt
     from vlmbench.models.base import ModelAdapter, Shapes
     from vlmbench.patch import Patcher
@@ -81,8 +84,18 @@ class Method(ABC):
     def fit(self, suite: Suite) -> None:
         """Learn what the method needs from the suite's train split. Called once, before the first sample."""
 
+    def search(self, fitting: Fitting) -> Artefact:
+        """What ``vlmbench fit`` writes: parameters chosen for the loaded model on the suite's train split.
+
+        A method with parameters to choose, or weights to train, overrides it. Raises `RunError` when nothing will do.
+        """
+        raise NotImplementedError(f"{self.name} has nothing to fit")
+
     def check(self, adapter: ModelAdapter) -> None:
         """Raise `UsageError` when this model cannot take the method."""
+
+    def check_weights(self, identity: Identity) -> None:
+        """Raise `UsageError` when what was fitted is of other weights than those that are loaded."""
 
     def prepare_clip(self, clip: Clip, trace: Trace) -> Clip:
         """Change the decoded frames before the processor sees them."""
@@ -106,7 +119,10 @@ class Method(ABC):
         raise NotImplementedError(f"{type(self).__name__} answers through the model")
 
     def fitted(self) -> dict[str, Any]:
-        """What `fit` learned, as far as it can change an answer: part of the result folder's hash."""
+        """What `fit` learned or an artefact holds, as far as it can change an answer: part of the result folder's hash.
+
+        A key that is also a parameter's takes its place there: an artefact counts by content and not by path.
+        """
         return {}
 
     @final

@@ -33,6 +33,8 @@ class RunRequest:
     repeats: int = 3
     timed: int = 8
     """Videos measured in latency and memory passes: time depends on the video, not on the question."""
+    latency_limit: float | None = None
+    """Seconds from the video file to the last token of the answer: see `latency_limit.py`."""
     threads: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -64,6 +66,13 @@ class RunRequest:
             raise UsageError(
                 f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}; make it smaller."
             )
+        if self.latency_limit is not None:
+            if not 0 < self.latency_limit < float("inf"):
+                raise UsageError(f"--latency-limit must be above 0 seconds, not {self.latency_limit:g}.")
+            if self.mode != "all":
+                raise UsageError(f"--latency-limit times and scores by itself; leave --mode {self.mode} out.")
+            if self.fps is not None or self.sampler == "fps":
+                raise UsageError("--latency-limit chooses the number of frames; leave --fps out.")
         _one_of("mode", self.mode, MODES)
         _one_of("attention", self.attention, ATTENTION)
         if self.dtype is not None:

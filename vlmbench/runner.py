@@ -6,6 +6,7 @@ methods and the dense baseline take turns in rotating order, so that a drifting 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
@@ -29,7 +30,13 @@ Runner = tuple["Method", str | None]
 
 def run(request: RunRequest, progress: Progress) -> int:
     """Do what is asked, print the table, and return the exit code. Raises `UsageError` and `RunError`."""
-    with Session(request, progress) as session:
+    if request.latency_limit is not None:
+        from vlmbench import latency_limit
+
+        return latency_limit.run(request, progress)
+    with Session(request, progress) as session, warnings.catch_warnings():
+        if request.strict:  # by its text: its class would bring torch, which the stand-in `dummy` never needs
+            warnings.filterwarnings("error", message=".*masked reference stands in")
         progress.note(session.describe())
         if "accuracy" in request.passes:
             for entry in session.entries:
@@ -92,7 +99,7 @@ def latency(session: Session) -> None:
         blank = session.blank(sample, "latency")
         clips = session.clips(sample, blank, timed=True)
         video_s = blank.timing.video_s if blank.timing else 0.0
-        rounds, last = ({}, {}) if clips is None else _rounds(session, runners, sample, clips, video_s)
+        rounds, last = ({}, {}) if clips is None else interleaved(session, runners, sample, clips, video_s)
         for entry, name, ids in zip(entries, names, done, strict=True):
             if sample.id in ids:
                 continue
@@ -112,7 +119,7 @@ def _faster_dense(rounds: dict[str, list[Timing]]) -> str:
     return min(known, key=lambda name: median(each.e2e_s for each in rounds[name]), default="best")
 
 
-def _rounds(
+def interleaved(
     session: Session, runners: dict[str, Runner], sample: Sample, clips: Sequence[Clip], video_s: float
 ) -> tuple[dict[str, list[Timing]], dict[str, Outcome]]:
     """(timings, last outcome) of every runner. The order turns by one each round; warm-up is dropped; who fails is out."""

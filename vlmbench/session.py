@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vlmbench.backend import Outcome
+from vlmbench.backend import Backend, Outcome
 from vlmbench.errors import RunError, UsageError
 from vlmbench.header import SESSION, make_header, read_header
 from vlmbench.machine import load_backend
@@ -47,9 +47,19 @@ class Entry:
 class Session:
     """A context manager: entering opens every run for writing, leaving closes them with the right status."""
 
-    def __init__(self, request: RunRequest, progress: Progress) -> None:
+    def __init__(
+        self,
+        request: RunRequest,
+        progress: Progress,
+        *,
+        split: Literal["test", "train"] = "test",
+        backend: Backend | None = None,
+        stored: bool = True,
+    ) -> None:
+        """`backend` is one that is loaded already; with `stored` false no run is opened and nothing is written."""
         self.request, self.progress = request, progress
         self._open = ExitStack()
+        self._stored = stored
         self.suite = make_suite(request.suite)
         self.sampler = request.sampler or self.suite.default_sampler
         if request.data_root is not None or request.allow_partial:
@@ -61,17 +71,18 @@ class Session:
         chosen = make_methods(request.methods)
         if request.baseline and all(method.name != "full" for method in chosen):
             chosen = [*make_methods(("full",)), *chosen]
-        self.backend = load_backend(request, request.model or self.suite.default_model)
+        self.backend = backend or load_backend(request, request.model or self.suite.default_model)
         for method in chosen:
             self.backend.check(method)
+            method.check_weights(self.backend.identity)
             method.fit(self.suite)
         self.frames = request.frames or self.suite.default_frames
         self.decoder_name = default_decoder()
         self.max_new_tokens = request.max_new_tokens or self.suite.max_new_tokens
-        self.samples = limited(self.suite.samples("test"), request.limit)
+        self.samples = limited(self.suite.samples(split), request.limit)
         if not self.samples:
             raise UsageError(f"Suite {request.suite!r} has no samples.")
-        self._chosen = chosen
+        self.methods = chosen
         self._last: tuple[str, tuple[Clip, ...], float] | None = None
 
     def __enter__(self) -> Session:
@@ -79,7 +90,7 @@ class Session:
         try:
             self.decoder = self._open.enter_context(Decoder(self.decoder_name, timeout_s=DECODE_TIMEOUT_S))
             self.entries = []
-            for method in self._chosen:
+            for method in self.methods if self._stored else ():
                 answer = self._answer_spec(method)
                 header = self._header(answer, method)
                 if changed := _other_code(store, answer, header):
@@ -104,6 +115,10 @@ class Session:
             f"{self.suite.name}: {len(self.samples)} questions, {self.frames or 'all'} frames ({self.sampler}, "
             f"{self.decoder_name}), results in {self.request.out}"
         )
+
+    def folder(self, method: Method) -> Path:
+        """Where this method's run is stored."""
+        return self.request.out / self._answer_spec(method).folder
 
     def each(self, samples: Sequence[Sample], what: str) -> Iterator[Sample]:
         self.progress.start(len(samples), what)
@@ -134,15 +149,20 @@ class Session:
             session=SESSION,
         )
 
-    def clips(self, sample: Sample, record: SampleRecord, *, timed: bool = False) -> tuple[Clip, ...] | None:
-        """Render, decode and note the frames; None when that failed, and the record then says why."""
+    def clips(
+        self, sample: Sample, record: SampleRecord, *, timed: bool = False, frames: int | None = None
+    ) -> tuple[Clip, ...] | None:
+        """Render, decode and note the frames; None when that failed, and the record then says why.
+
+        `frames` is how many at most, when that is another number than the run's.
+        """
         if not self.backend.needs_media:
             return ()
         try:
             self.progress.stage("render")
             self.suite.materialise(sample)
             self.progress.stage("decode video")
-            clips, seconds = self._decode(sample, fresh=timed)
+            clips, seconds = self._decode(sample, frames or self.frames, fresh=timed)
         except DecodeTimeout as error:
             _fail(record, "timeout", error)
             return None
@@ -164,15 +184,13 @@ class Session:
         record.size = (clips[0].frames.shape[1], clips[0].frames.shape[2]) if clips else None
         return clips
 
-    def _decode(self, sample: Sample, *, fresh: bool) -> tuple[tuple[Clip, ...], float]:
+    def _decode(self, sample: Sample, frames: int | None, *, fresh: bool) -> tuple[tuple[Clip, ...], float]:
         """Decoded media and the seconds it took. Questions on one video that follow each other share one decoding."""
-        key = repr(sample.media)
+        key = repr((sample.media, frames))
         if self._last is None or self._last[0] != key or fresh:
             begin = time.perf_counter()
             clips = tuple(
-                self.decoder.read(
-                    media.path, kind=media.kind, frames=self.frames, rule=self.sampler, fps=self.request.fps
-                )
+                self.decoder.read(media.path, kind=media.kind, frames=frames, rule=self.sampler, fps=self.request.fps)
                 for media in sample.media
             )
             self._last = (key, clips, time.perf_counter() - begin)

@@ -139,8 +139,11 @@ class ModelAdapter(ABC):
         """Run the family's own processor on the host: media first, in order, then the question.
 
         With captions the only clip becomes several short ones, in the prompt as in the layout, with the text between them.
-        Raises `ValueError` when captions come with anything but one video.
+        Raises `ValueError` when captions come with anything but one video, or a clip has no frame.
         """
+        for clip in clips:
+            if not len(clip.frames):
+                raise ValueError(f"{clip.path.name} has no frame left after sampling; ask for more frames.")
         parts: list[Clip | str] = [*clips, question]
         if captions:
             parts = interleaved(clips, captions, question)

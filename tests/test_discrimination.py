@@ -1,0 +1,33 @@
+"""The suite tells methods apart: whatever throws information away loses, here in a small form and in the committed table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vlmbench.reference.build import LLAVA
+from vlmbench.reference.discrimination import LENGTHS, LOSSES, MODELS, measure, rows, to_markdown
+
+COMMITTED = Path(__file__).parents[1] / "results" / "cpu" / "discrimination.json"
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="not measured yet")
+def test_the_committed_table_holds_for_both_models_at_all_lengths() -> None:
+    table = json.loads(COMMITTED.read_text())["rows"]
+    assert {(row["model"], row["length"]) for row in table} == {(m, length) for m in MODELS for length in LENGTHS}
+    for row in table:
+        assert row["holds"] == (row["loss"] >= row["least"] and row["loss_low"] > 0)
+        assert row["holds"], row
+    assert COMMITTED.with_suffix(".md").read_text() == to_markdown(table)
+
+
+def test_methods_that_throw_information_away_lose(tmp_path: Path) -> None:
+    """55 questions on short videos: enough for losses of twenty points and more."""
+    short = [replace(loss, lengths=(32,)) for loss in LOSSES if 32 in loss.lengths and loss.least >= 0.2]
+    for loss in short:
+        measure(LLAVA, loss, 32, tmp_path, limit=55)
+    for row in rows(tmp_path, short):
+        assert row["holds"], row
