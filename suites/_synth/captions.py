@@ -18,6 +18,8 @@ EVERY = 2
 """Frames from one caption to the next: 33 visual tokens of LLaVA-OneVision, 16 of Qwen2.5-VL."""
 WORDS = 12
 """Of every caption."""
+ANIMAL_WORD, NUMBER_WORD = 7, 9
+"""Which words of a remark are its own."""
 REMARKS = 4
 """In a video; fewer when it has fewer captions."""
 MAX_FRAMES = 1000

@@ -131,9 +131,9 @@ def to_markdown(table: Sequence[dict[str, Any]]) -> str:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Default: both shipped ones.")] = None,
-    limit: Annotated[int, typer.Option(help="Questions a length.")] = 99,
+    limit: Annotated[int, typer.Option(help="Questions a length.")] = 55,
     runs: Annotated[Path, typer.Option(help="Results folder; what is there is not run again.")] = Path(
-        "runs/discrimination"
+        "runs/reference"
     ),
     out: Annotated[Path, typer.Option(help="Without suffix: .json and .md are written.")] = Path(
         "results/cpu/discrimination"

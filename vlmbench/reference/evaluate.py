@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from vlmbench.reference.build import Model
 from vlmbench.reference.data import IMAGE, Pool
 from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
-from vlmbench.reference.stages import answer_logits, ask_all
+from vlmbench.reference.stages import answer_logits, ask_all, hidden_states
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def teacher_forced(
         questions, texts = ask_all(scenes, with_text, 16, rng)
         batch = make_batch(prefix, questions, tokenizer, texts).to(model.device)
         wanted = batch.labels[:, 1:] != IGNORED
-        logits = answer_logits(model, flat[start : start + chunk].to(model.device), batch)
+        hidden = hidden_states(model, flat[start : start + chunk].to(model.device), batch)[-1]
+        logits = answer_logits(model, hidden, batch)
         wrong = logits.argmax(-1) != batch.labels[:, 1:][wanted]
         row = torch.arange(len(scenes), device=model.device)[:, None].expand_as(wanted)[wanted]
         missed = {(int(b), int(k)) for b, k in zip(row[wrong], batch.part[:, 1:][wanted][wrong], strict=True)}

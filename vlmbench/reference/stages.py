@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,17 @@ from transformers import PreTrainedTokenizerFast
 from vlmbench.reference.build import FRAME, HIDDEN, LLAVA, QWEN, TOKENS_PER_UNIT, Model
 from vlmbench.reference.data import IMAGE, Library, Pool
 from vlmbench.reference.features import unit_tokens
-from vlmbench.reference.prompts import IGNORED, Batch, image_prefix, make_batch, video_prefix
-from vlmbench.suites._synth.captions import captions, make_remarks, mixed_questions
+from vlmbench.reference.prompts import IGNORED, Batch, Prefix, image_prefix, make_batch, video_prefix
+from vlmbench.suites._synth.captions import (
+    ANIMAL_WORD,
+    ANIMALS,
+    EVERY,
+    NUMBER_WORD,
+    WORDS,
+    captions,
+    make_remarks,
+    mixed_questions,
+)
 from vlmbench.suites._synth.questions import Question, questions, sample_questions
 from vlmbench.suites._synth.scene import COLOURS, PLACES, SHAPES, Scene, event_range
 
@@ -36,6 +46,8 @@ class Phase:
     """Questions behind a clip."""
     spans: tuple[int, ...] = (0,)
     """Position ids of a clip are those of a video of this many units (0: no gaps)."""
+    hints: tuple[float, float] = (0.0, 0.0)
+    """Weights of the hints on order and on remarks; from the start they would stand in the way of the first look-ups."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,17 @@ class Stage:
     phases: tuple[Phase, ...]
     tokens: int = 3000
     """Visual tokens in a batch, about."""
+    horizon: int | None = None
+    """Steps after which the rate would reach its end; more than `steps` where the next stage goes on sooner."""
 
     def phase_at(self, step: int) -> Phase:
-        return next(phase for phase in self.phases if step < phase.until * self.steps)
+        return next(phase for phase in self.phases if step < phase.until * (self.horizon or self.steps))
 
     def lr_at(self, step: int) -> float:
         """Of the peak: linear warm-up, then cosine to a fiftieth."""
-        warmup = max(1, min(50, self.steps // 10))
-        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        horizon = self.horizon or self.steps
+        warmup = max(1, min(50, horizon // 10))
+        cosine = 0.5 * (1 + math.cos(math.pi * step / horizon))
         return min(1.0, (step + 1) / warmup) * (0.02 + 0.98 * cosine)
 
 
@@ -80,17 +95,36 @@ RECIPES: dict[str, Recipe] = {
             Stage("vision", 1200, 2e-3, (Phase(1, ("32", "32", IMAGE)),), tokens=1536),
             Stage(
                 "language",
-                2400,
+                1800,
                 3e-3,
                 (
                     Phase(0.25, ("4",)),
-                    Phase(0.45, ("4", "6", "8", "12", IMAGE, "4+text"), 14, (0, 0, 64)),
-                    Phase(0.75, ("6", "8", "12", "16", "24", IMAGE, "8+text", "16+text"), 16, _LLAVA_SPANS),
+                    Phase(0.375, ("4", "6", "8", "12", IMAGE, "4+text"), 14, (0, 0, 64)),
+                    Phase(0.5, ("4", "6", "8", "12", IMAGE, "4+text"), 14, (0, 0, 64), (0.2, 0)),
+                    Phase(0.625, ("6", "8", "12", "16", "24", IMAGE, "8+text", "16+text"), 16, _LLAVA_SPANS, (0.2, 0)),
+                    Phase(
+                        0.75,
+                        ("8", "12", "16", "24", "32", "4+text", "8+text", "8+text", "16+text"),
+                        18,
+                        _LLAVA_SPANS,
+                        (0.2, 0),
+                    ),
+                ),
+                horizon=2400,
+            ),
+            Stage(
+                "length",
+                900,
+                2e-3,
+                (
+                    Phase(0.5, ("6", "8", "12", "4+text", "8+text"), 16, _LLAVA_SPANS, (0.1, 0.3)),
+                    Phase(0.75, ("8", "12", "16", "32", IMAGE, "8+text", "16+text"), 18, _LLAVA_SPANS, (0.1, 0.2)),
                     Phase(
                         1,
-                        ("8", "16", "24", "32", "64", "128", IMAGE, "16+text", "32+text", "64+text"),
+                        ("8", "16", "32", "64", "128", IMAGE, "8+text", "16+text", "32+text", "64+text"),
                         20,
                         _LLAVA_SPANS,
+                        (0.1, 0.1),
                     ),
                 ),
             ),
@@ -103,12 +137,24 @@ RECIPES: dict[str, Recipe] = {
             Stage("vision", 1200, 2e-3, (Phase(1, ("32", "32", IMAGE)),), tokens=1536),
             Stage(
                 "language",
-                1200,
-                1.5e-3,
+                1000,
+                2e-3,
                 (
-                    Phase(0.3, ("4", "8", "12", IMAGE, "4+text"), 14, (0, 0, 32)),
-                    Phase(0.7, ("4", "8", "12", "16", "24", IMAGE, "8+text", "16+text"), 16, _QWEN_SPANS),
-                    Phase(1, ("8", "16", "24", "32", "64", IMAGE, "16+text", "32+text"), 20, _QWEN_SPANS),
+                    Phase(0.3, ("4", "8", "12", IMAGE, "4+text"), 14, (0, 0, 32), (0.1, 0.2)),
+                    Phase(
+                        0.75,
+                        ("4", "8", "12", "16", "24", IMAGE, "4+text", "8+text", "16+text"),
+                        16,
+                        _QWEN_SPANS,
+                        (0.1, 0.2),
+                    ),
+                    Phase(
+                        1,
+                        ("8", "16", "24", "32", "64", IMAGE, "8+text", "16+text", "32+text"),
+                        20,
+                        _QWEN_SPANS,
+                        (0.1, 0.1),
+                    ),
                 ),
             ),
         ),
@@ -176,10 +222,17 @@ def vision_targets(scenes: list[tuple[Scene, range]]) -> tuple[torch.Tensor, tor
     return colour, shape, offset
 
 
-def vision_step(
-    model: Model, heads: VisionHeads, pool: Pool, group: int, rng: np.random.Generator, n: int
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss on `n` units of `group` frames, three in four with something in them."""
+class Look(NamedTuple):
+    """One batch of the vision stage."""
+
+    shown: np.ndarray
+    """uint8 [B, group, H, W, 3]."""
+    scenes: list[tuple[Scene, range]]
+    """Of each, and its frames there."""
+
+
+def look_at(pool: Pool, group: int, rng: np.random.Generator, n: int) -> Look:
+    """`n` units of `group` frames, three in four with something in them."""
     group = min(group, pool.n_frames)
     picked: list[tuple[int, range]] = []
     while len(picked) < n:
@@ -189,7 +242,11 @@ def vision_step(
         if busy or len(picked) % 4 == 3:
             picked.append((clip, frames))
     shown = np.stack([pool.frames[clip, frames.start : frames.stop] for clip, frames in picked])
-    return heads(unit_tokens(model, shown), [(pool.scenes[clip], frames) for clip, frames in picked])
+    return Look(shown, [(pool.scenes[clip], frames) for clip, frames in picked])
+
+
+def vision_step(model: Model, heads: VisionHeads, look: Look) -> tuple[torch.Tensor, dict[str, float]]:
+    return heads(unit_tokens(model, look.shown), look.scenes)
 
 
 @torch.no_grad()
@@ -214,6 +271,85 @@ def _is_qwen(model: Model) -> bool:
     return model.config.model_type == "qwen2_5_vl"
 
 
+class HintHeads(nn.Module):
+    """What a token should have found out half-way up the language model: linear reads that are thrown away afterwards.
+
+    Questions alone take thousands of steps to teach that the token of an event should look up its predecessor across blank
+    frames, or a number who said it; asked of every such token, it is learned with the first look-ups.
+    """
+
+    DEPTH = 3
+    """Layers below, so that as many are left to use what was found."""
+
+    def __init__(self, sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.norm = nn.RMSNorm(HIDDEN, elementwise_affine=False)
+        self.read = nn.Linear(HIDDEN, sum(sizes))
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """hidden: [B, n, C]; targets: int64 [B, n, len(sizes)], IGNORED where there is nothing to know."""
+        there = (targets != IGNORED).any(-1)
+        read = self.read(self.norm(hidden[there])).split(self.sizes, -1)
+        wanted = targets[there].unbind(-1)
+        losses = [
+            F.cross_entropy(logits, want, ignore_index=IGNORED) for logits, want in zip(read, wanted, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+
+ORDER_SIZES = (len(COLOURS) + 1, len(SHAPES) + 1, 8)
+"""Colour and shape of the event before (the last class: there is none), and the number of events up to here."""
+REMARK_SIZES = (len(ANIMALS), len(COLOURS) + 1, len(SHAPES) + 1)
+"""Who says this number, and colour and shape of the latest event."""
+
+
+def order_targets(scenes: list[Scene], n_units: int, group: int) -> torch.Tensor:
+    """int64 [B, units · 16, 3], as in ORDER_SIZES, at the four tokens of an event's quadrant in each unit that shows it."""
+    found = torch.full((len(scenes), n_units, TOKENS_PER_UNIT, 3), IGNORED)
+    own = torch.arange(TOKENS_PER_UNIT)
+    quadrant = own // 8 * 2 + own % 4 // 2
+    for b, scene in enumerate(scenes):
+        before = (len(COLOURS), len(SHAPES))
+        for number, event in enumerate(scene.events):
+            tokens = (quadrant == PLACES.index(event.place)).nonzero().flatten()
+            for unit in range(event.start // group, (event.stop - 1) // group + 1):
+                found[b, unit, tokens] = torch.tensor([*before, number])
+            before = COLOURS.index(event.colour), SHAPES.index(event.shape)
+    return found.flatten(1, 2)
+
+
+def remark_targets(scenes: list[Scene], prefix: Prefix, width: int) -> torch.Tensor:
+    """int64 [B, width, 3], as in REMARK_SIZES: at the number of every remark, and but for the first also at its animal."""
+    found = torch.full((len(scenes), width, 3), IGNORED)
+    words = [i for i, token in enumerate(prefix.tokens) if not token]
+    for b, scene in enumerate(scenes):
+        for remark in make_remarks(scene):
+            animal, number = (words[remark.caption * WORDS + place] for place in (ANIMAL_WORD, NUMBER_WORD))
+            seen = [event for event in scene.events if event.start < (remark.caption + 1) * EVERY]
+            colour = COLOURS.index(seen[-1].colour) if seen else len(COLOURS)
+            shape = SHAPES.index(seen[-1].shape) if seen else len(SHAPES)
+            found[b, animal] = torch.tensor([IGNORED, colour, shape])
+            found[b, number] = torch.tensor([ANIMALS.index(remark.animal), colour, shape])
+    return found
+
+
+class Lesson(NamedTuple):
+    """One batch of the language stage."""
+
+    batch: Batch
+    features: torch.Tensor
+    """[B, n, C] of the clips, without newlines."""
+    order: torch.Tensor | None
+    """int64 [B, n, 3], see `order_targets`; none for pictures."""
+    remarks: torch.Tensor | None
+    """int64 [B, L, 3], see `remark_targets`; none without captions."""
+
+    def to(self, device: torch.device | str) -> Lesson:
+        order, remarks = (None if each is None else each.to(device) for each in (self.order, self.remarks))
+        return Lesson(self.batch.to(device), self.features.to(device), order, remarks)
+
+
 @dataclass(frozen=True)
 class Source:
     """Where clips of the language stage come from."""
@@ -225,28 +361,27 @@ class Source:
     picture_features: torch.Tensor
     """[N, n, C]."""
 
-    def batch(
-        self, kind: str, tokens: int, pairs: int, span: int, rng: np.random.Generator
-    ) -> tuple[Batch, torch.Tensor]:
-        """Clips that were never shown before, with their features [B, n, C], without newlines."""
+    def lesson(self, kind: str, tokens: int, pairs: int, span: int, rng: np.random.Generator) -> Lesson:
+        """Clips that were never shown before, about `tokens` visual tokens of them."""
         if kind == IMAGE:
             per_clip = self.picture_features.shape[1]
             clips = rng.integers(0, len(self.pictures.scenes), rows_of(per_clip, tokens))
             asked = [sample_questions(questions(self.pictures.scenes[c], rng), rng, pairs) for c in clips]
             features = self.picture_features[torch.from_numpy(clips)]
-            return make_batch(image_prefix(self.model), asked, self.tokenizer), features
+            return Lesson(make_batch(image_prefix(self.model), asked, self.tokenizer), features, None, None)
         n_units, with_text = int(kind.split("+")[0]), kind.endswith("+text")
-        size = rows_of(n_units * TOKENS_PER_UNIT, tokens)
+        size, group = rows_of(n_units * TOKENS_PER_UNIT, tokens), self.library.group
         drawn = [self.library.assemble(n_units, _n_events(n_units, rng), rng) for _ in range(size)]
         scenes = [scene for _, scene in drawn]
         asked, texts = ask_all(scenes, with_text, pairs, rng)
         blanks = None
         if span > n_units:
-            group = self.library.group
             blanks = torch.stack([gaps(scene, n_units, span, group, with_text, rng) for scene in scenes])
         prefix = video_prefix(self.model, n_units, with_text)
+        batch = make_batch(prefix, asked, self.tokenizer, texts, blanks)
+        remarks = remark_targets(scenes, prefix, batch.ids.shape[1]) if with_text else None
         features = self.library.features[torch.from_numpy(np.stack([rows for rows, _ in drawn]))].flatten(1, 2)
-        return make_batch(prefix, asked, self.tokenizer, texts, blanks), features
+        return Lesson(batch, features, order_targets(scenes, n_units, group), remarks)
 
 
 def rows_of(tokens_per_clip: int, tokens: int) -> int:
@@ -287,18 +422,27 @@ def gaps(scene: Scene, n_units: int, span: int, group: int, with_text: bool, rng
     return blanks
 
 
-def answer_logits(model: Model, features: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[answer tokens of the batch, V]: teacher-forced, at the positions before each labelled token.
-
-    features: [B, n, C] of the clips, without newlines.
-    """
+def hidden_states(model: Model, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """Of the language model, [B, L, C] each: its input, every layer's output, the last one normalised."""
     embeds = model.get_input_embeddings()(batch.ids)
     embeds = torch.where(batch.visual[:, None], _spread(features, batch.visual), embeds)
     if batch.newline.any():
         embeds = torch.where(batch.newline[:, None], model.model.image_newline, embeds)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
+    found = model.model.language_model(
+        inputs_embeds=embeds,
+        attention_mask=batch.mask,
+        position_ids=batch.positions,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    return tuple(found.hidden_states)
+
+
+def answer_logits(model: Model, hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """[answer tokens of the batch, V]: teacher-forced, at the positions before each labelled token.
+
+    hidden: [B, L, C], the last of `hidden_states`.
+    """
     return model.lm_head(hidden[:, :-1][batch.labels[:, 1:] != IGNORED])
 
 
@@ -308,8 +452,22 @@ def _spread(features: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return spread.index_copy(1, slots.nonzero().flatten(), features)
 
 
-def language_step(model: Model, features: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+def language_step(
+    model: Model, order: HintHeads, remark: HintHeads, lesson: Lesson, hints: tuple[float, float]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss on the answers, and with these weights on what `order` and `remark` ask."""
+    batch = lesson.batch
     want = batch.labels[:, 1:]
     want = want[want != IGNORED]
-    logits = answer_logits(model, features, batch)
-    return F.cross_entropy(logits, want), {"tokens": float((logits.argmax(-1) == want).float().mean())}
+    hidden = hidden_states(model, lesson.features, batch)
+    logits = answer_logits(model, hidden[-1], batch)
+    loss = F.cross_entropy(logits, want)
+    seen = {"answers": loss.item(), "tokens": float((logits.argmax(-1) == want).float().mean())}
+    half_way = hidden[HintHeads.DEPTH]
+    if lesson.order is not None and hints[0]:
+        asked = order(half_way[:, batch.visual], lesson.order)
+        loss, seen["order"] = loss + hints[0] * asked, asked.item()
+    if lesson.remarks is not None and hints[1]:
+        asked = remark(half_way, lesson.remarks)
+        loss, seen["remark"] = loss + hints[1] * asked, asked.item()
+    return loss, seen

@@ -16,7 +16,10 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -33,12 +36,18 @@ from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, make_
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
 from vlmbench.reference.stages import (
+    ORDER_SIZES,
     RECIPES,
+    REMARK_SIZES,
+    HintHeads,
+    Lesson,
+    Look,
     Recipe,
     Source,
     Stage,
     VisionHeads,
     language_step,
+    look_at,
     settle,
     vision_parameters,
     vision_step,
@@ -59,12 +68,16 @@ class Trainer:
         self.model = make_model(recipe.model, self.tokenizer, recipe.seed).to(device)
         if recipe.model == QWEN:
             batch_chunks(self.model.model.visual)
+        self.group = group_of(self.model)
+        # The vision side writes the words with which the language side that will read them was taught.
+        taught_by = make_model(recipe.start, self.tokenizer, recipe.seed) if recipe.start else self.model
         if recipe.start:
             _begin_with(self.model, recipe.start)
-        self.group = group_of(self.model)
         torch.manual_seed(recipe.seed)
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids([*COLOURS, *SHAPES, *PLACES]))
-        self.heads = VisionHeads(self.model.get_input_embeddings().weight[words]).to(device)
+        self.heads = VisionHeads(taught_by.get_input_embeddings().weight[words]).to(device)
+        self.order_heads = HintHeads(ORDER_SIZES).to(device)
+        self.remark_heads = HintHeads(REMARK_SIZES).to(device)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.optimizer_states: list[dict[str, Any]] = []
         self.curves: list[dict[str, Any]] = []
@@ -97,11 +110,10 @@ class Trainer:
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         for optimizer, state in zip(optimizers, self.optimizer_states, strict=False):
             optimizer.load_state_dict(state)
-        sums: dict[str, float] = {}
-        began, since = time.perf_counter(), self.step
-        while self.step < stage.steps:
-            rng = np.random.default_rng((self.recipe.seed, self.stage, self.step))
-            loss, seen = self._loss(stage, rng)
+        seen_since: dict[str, list[float]] = {}
+        began = time.perf_counter()
+        for material in self._materials(stage) if self.step < stage.steps else ():
+            loss, seen = self._loss(stage, material)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * stage.lr_at(self.step)
@@ -112,13 +124,13 @@ class Trainer:
                 optimizer.step()
             self.step += 1
             for name, value in {"loss": loss.item(), **seen}.items():
-                sums[name] = sums.get(name, 0.0) + value
+                seen_since.setdefault(name, []).append(value)
             if self.step % log_every == 0 or self.step == stage.steps:
                 self.seconds += time.perf_counter() - began
                 began = time.perf_counter()
-                means = {name: round(total / (self.step - since), 4) for name, total in sums.items()}
+                means = {name: round(fmean(values), 4) for name, values in seen_since.items()}
                 self._note({"stage": stage.name, "step": self.step, **means, "seconds": round(self.seconds, 1)})
-                sums, since = {}, self.step
+                seen_since = {}
             if self.step % save_every == 0 and self.step < stage.steps:
                 if not seeing:
                     self._note({"stage": stage.name, "step": self.step, "validation": self.validate()})
@@ -140,6 +152,7 @@ class Trainer:
             matrices = [p for n, p in language.items() if p.dim() == 2 and "embed" not in n]
             chosen = {id(p) for p in matrices}
             groups = [p for p in language.values() if id(p) not in chosen]
+            groups += [*self.order_heads.parameters(), *self.remark_heads.parameters()]
         others_lr = lr if seeing else lr / 2
         options: dict[str, Any] = {"lr": others_lr, "betas": (0.9, 0.98), "weight_decay": 0.01}
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW([{"params": groups, "peak": others_lr}], **options)]
@@ -150,16 +163,30 @@ class Trainer:
             found.append(muon)
         return found
 
-    def _loss(self, stage: Stage, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        phase = stage.phase_at(self.step)
-        kind = phase.kinds[int(rng.integers(len(phase.kinds)))]
-        if stage.name == "vision":
-            return vision_step(
-                self.model, self.heads, self.pool(kind), self.group, rng, stage.tokens // TOKENS_PER_UNIT
-            )
-        span = phase.spans[int(rng.integers(len(phase.spans)))]
-        batch, features = self.source.batch(kind, stage.tokens, phase.pairs, span, rng)
-        return language_step(self.model, features.to(self.device), batch.to(self.device))
+    def _materials(self, stage: Stage) -> Iterator[Look | Lesson]:
+        """The batch of every step from here on, each made while the one before is learned from."""
+
+        def make(step: int) -> Look | Lesson:
+            rng = np.random.default_rng((self.recipe.seed, self.stage, step))
+            phase = stage.phase_at(step)
+            kind = phase.kinds[int(rng.integers(len(phase.kinds)))]
+            if stage.name == "vision":
+                return look_at(self.pool(kind), self.group, rng, stage.tokens // TOKENS_PER_UNIT)
+            span = phase.spans[int(rng.integers(len(phase.spans)))]
+            return self.source.lesson(kind, stage.tokens, phase.pairs, span, rng)
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(make, self.step)
+            for step in range(self.step + 1, stage.steps):
+                made, coming = coming.result(), thread.submit(make, step)
+                yield made
+            yield coming.result()
+
+    def _loss(self, stage: Stage, material: Look | Lesson) -> tuple[torch.Tensor, dict[str, float]]:
+        if isinstance(material, Look):
+            return vision_step(self.model, self.heads, material)
+        hints = stage.phase_at(self.step).hints
+        return language_step(self.model, self.order_heads, self.remark_heads, material.to(self.device), hints)
 
     @property
     def source(self) -> Source:
@@ -239,6 +266,8 @@ class Trainer:
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
+            "order_heads": self.order_heads.state_dict(),
+            "remark_heads": self.remark_heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "curves": self.curves,
         }
@@ -254,6 +283,8 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
+        self.order_heads.load_state_dict(state["order_heads"])
+        self.remark_heads.load_state_dict(state["remark_heads"])
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.optimizer_states, self.curves = state["optimizers"], state["curves"]
 
