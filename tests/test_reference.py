@@ -27,11 +27,21 @@ from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, clip_
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
 from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
-from vlmbench.reference.stages import Phase, Recipe, Stage, answer_logits, ask_all, gaps, hidden_states, order_targets
+from vlmbench.reference.stages import (
+    Phase,
+    Recipe,
+    Stage,
+    answer_logits,
+    ask_all,
+    gaps,
+    hidden_states,
+    order_targets,
+    remark_targets,
+)
 from vlmbench.reference.train import Trainer
 from vlmbench.reference.words import VOCABULARY
 from vlmbench.suite import Caption
-from vlmbench.suites._synth.captions import EVERY
+from vlmbench.suites._synth.captions import ANIMALS, EVERY
 from vlmbench.suites._synth.encode import FPS
 from vlmbench.suites._synth.questions import questions, sample_questions
 from vlmbench.suites._synth.scene import COLOURS, PLACES, SHAPES, TEST_SEED, Scene, make_scene
@@ -48,7 +58,17 @@ def tiny(model: str) -> Recipe:
         model,
         (
             Stage("vision", 3, 1e-3, (Phase(1, ("16", IMAGE)),), tokens=256),
-            Stage("language", 4, 1e-3, (Phase(0.5, ("12",), 4), Phase(1, ("12+text", IMAGE), 4, (0, 64))), tokens=400),
+            Stage(
+                "language",
+                4,
+                1e-3,
+                (
+                    Phase(0.25, ("12",), 4, (0,), (0.2, 0)),
+                    Phase(1, ("12+text", IMAGE), 4, (0, 64), (0.2, 0.2), True),
+                ),
+                tokens=400,
+                horizon=8,
+            ),
         ),
         pools={"16": 20, IMAGE: 4},
         validation={"8": 2},
@@ -305,25 +325,26 @@ def test_what_a_token_should_know_of_the_order_is_what_happened(group: int) -> N
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("with_text", [False, True])
-def test_gaps_in_positions_keep_the_order_and_the_question_behind(name: str, with_text: bool) -> None:
-    """The positions are those of a longer video in which only these units are shown."""
+def test_gaps_in_positions_are_those_of_the_longer_video(name: str, with_text: bool) -> None:
+    """Each unit stands where it stands in the longer video of which only these units are shown, and so does the question."""
     scene, group, n_units, span = make_scene(0, 16), group_of_name(name), 16 // group_of_name(name), 128
     rng = np.random.default_rng(0)
     asked, texts = ask_all([scene], with_text, 2, rng)
     blanks = gaps(scene, n_units, span, group, with_text, rng)
-    assert int(blanks.sum()) == span - n_units
-    prefix, longer = video_prefix(name, n_units, with_text), video_prefix(name, span, with_text)
-    tokenizer = make_tokenizer(VOCABULARY)
-    batch = make_batch(prefix, asked, tokenizer, texts, blanks[None])
+    per_medium = EVERY // group if with_text else 1
+    assert int(blanks.sum()) * per_medium == span - n_units
+    shown, longer = video_prefix(name, n_units, with_text), video_prefix(name, span, with_text)
+    batch = make_batch(shown, asked, make_tokenizer(VOCABULARY), texts, blanks[None])
     positions = batch.positions[:, 0] if name == QWEN else batch.positions[:1]
-    question = positions[:, batch.part[0] == 1][:, 0]
-    assert (question == question[0]).all()
-    if not with_text:  # with captions a unit's share of a caption is rounded
-        assert int(question[0]) == longer.next
-    first = [prefix.unit.index(unit) for unit in range(n_units)]
-    shifted = positions[0, first] - prefix.positions[0, first]
-    assert torch.equal(shifted, blanks[:-1].cumsum(0) * prefix.step)
-    assert (positions[0, : len(prefix.tokens)].diff() >= 0).all()
+    assert (positions[:, batch.part[0] == 1][:, 0] == longer.next).all()
+    moved = blanks.cumsum(0) * per_medium
+    for unit in range(n_units):
+        here, there = (
+            [i for i, u in enumerate(prefix.unit) if u == number]
+            for prefix, number in ((shown, unit), (longer, unit + int(moved[unit])))
+        )
+        assert [shown.tokens[i] for i in here] == [longer.tokens[i] for i in there]
+        assert torch.equal(positions[:, here], longer.positions[:, there])
 
 
 def group_of_name(name: str) -> int:
@@ -341,7 +362,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(tmp_path: Path, pools: Pat
     recipe = tiny(name)
     whole = Trainer(recipe, tmp_path / "whole", pools, workers=1)
     whole.run(["vision", "language"], save_every=2, log_every=1)
-    losses = [line["loss"] for line in whole.curves if line["stage"] == "language" and "loss" in line]
+    losses = [line["answers"] for line in whole.curves if "answers" in line]
     assert losses[-1] < losses[0]
 
     class Stop(Exception):
@@ -369,6 +390,47 @@ def test_training_lowers_the_loss_and_resumes_exactly(tmp_path: Path, pools: Pat
     with pytest.raises(UsageError, match="no such stage"):
         resumed.run(["sight"])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_training_folder_that_cannot_be_gone_on_from_is_refused_and_left_alone(tmp_path: Path, pools: Path) -> None:
+    recipe = dataclasses.replace(tiny(LLAVA), stages=tiny(LLAVA).stages[:1])
+    Trainer(recipe, tmp_path, pools, workers=1).run(["vision"])
+    weights = (tmp_path / LLAVA / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / LLAVA)  # as when it was stopped before the checkpoint was written
+    Trainer(recipe, tmp_path, pools, workers=1).run(["vision"])
+    assert (tmp_path / LLAVA / "model.safetensors").read_bytes() == weights
+
+    state = (tmp_path / "state.pt").read_bytes()
+    (tmp_path / "state.pt").write_bytes(state[: len(state) // 2])
+    with pytest.raises(UsageError, match="cannot be read"):
+        Trainer(recipe, tmp_path, pools, workers=1)
+    (tmp_path / "state.pt").unlink()
+    with pytest.raises(UsageError, match=r"no state\.pt"):
+        Trainer(recipe, tmp_path, pools, workers=1)
+    assert (tmp_path / LLAVA / "model.safetensors").read_bytes() == weights
+
+
+def test_what_a_remark_should_know_stands_at_its_own_words() -> None:
+    """The hint lies on the number, names who said it, and both words know the latest event; checked on the text itself."""
+    tokenizer = make_tokenizer(VOCABULARY)
+    scenes = [make_scene(seed, 32) for seed in range(10)]
+    for name, n_units in ((LLAVA, 32), (QWEN, 16)):
+        prefix = video_prefix(name, n_units, captions=True)
+        asked, texts = ask_all(scenes, True, 2, np.random.default_rng(0))
+        batch = make_batch(prefix, asked, tokenizer, texts)
+        targets = remark_targets(scenes, prefix, batch.ids.shape[1])
+        words = [[tokenizer.decode(i) for i in row] for row in batch.ids]
+        for b, scene in enumerate(scenes):
+            hinted = (targets[b] != IGNORED).any(-1).nonzero().flatten().tolist()
+            said = [i for i, word in enumerate(words[b][: len(prefix.tokens)]) if word == "says"]
+            assert hinted == [i for says in said for i in (says - 1, says + 1)]
+            for says in said:
+                number = targets[b, says + 1].tolist()
+                assert words[b][says - 1] == ANIMALS[number[0]]
+                frame = int("".join(words[b][says - 7 : says - 4])) + EVERY - 1  # at 0 1 2 and now the cat says …
+                seen = [e for e in scene.events if e.start <= frame]
+                look = (COLOURS.index(seen[-1].colour), SHAPES.index(seen[-1].shape)) if seen else (8, 4)
+                assert tuple(number[1:]) == look == tuple(targets[b, says - 1].tolist()[1:])
 
 
 def test_a_model_may_begin_with_the_language_side_of_a_shipped_one(tmp_path: Path, pools: Path) -> None:

@@ -15,6 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmbench.errors import UsageError
+
 ORDER = ("first", "last", "before", "after", "which_first", "list")
 """Types of question that ask what came when."""
 MODELS = ("tiny-llava-ov", "tiny-qwen2.5-vl")
@@ -65,7 +67,7 @@ def measure(model: str, loss: Loss, length: int, runs: Path, limit: int) -> None
             raise typer.Exit(1)
 
 
-def rows(runs: Path, losses: Sequence[Loss] = LOSSES) -> list[dict[str, Any]]:
+def rows(runs: Path, models: Sequence[str], losses: Sequence[Loss] = LOSSES) -> list[dict[str, Any]]:
     """One a model, loss and length: both accuracies on the same questions, and their paired difference."""
     from vlmbench.loaded import Loaded
     from vlmbench.registry import methods
@@ -75,11 +77,18 @@ def rows(runs: Path, losses: Sequence[Loss] = LOSSES) -> list[dict[str, Any]]:
 
     found: dict[tuple[Any, ...], Loaded] = {}
     for run in map(Loaded, ResultStore(runs).runs()):
-        stored = run.spec
-        key = (stored["model"], stored["suite_params"].get("length"), stored["frames"], run.method)
-        found[(*key, json.dumps(stored["method_params"], sort_keys=True))] = run
+        stored, video = run.spec, run.spec["suite_params"]
+        if stored["suite"] != "synthvideo" or video.get("type") or video.get("depth") is not None:
+            continue
+        key = (stored["model"], video["length"], stored["frames"], run.method)
+        key = (*key, json.dumps(stored["method_params"], sort_keys=True))
+        if key in found:
+            raise UsageError(
+                f"{runs} holds {run.method} on {run.suite} twice, of other weights or settings; give an empty folder."
+            )
+        found[key] = run
     table = []
-    for model in dict.fromkeys(key[0] for key in found):
+    for model in models:
         for loss in losses:
             spec = parse(loss.method)
             params = json.dumps(params_of(build(methods.load(spec.name), spec, "Method")), sort_keys=True)
@@ -143,7 +152,7 @@ def main(
         for loss in LOSSES:
             for length in loss.lengths:
                 measure(spec, loss, length, runs, limit)
-    table = rows(runs)
+    table = rows(runs, model or MODELS)
     out.with_suffix(".json").write_text(json.dumps({"schema": 1, "rows": table}, indent=1) + "\n", "utf-8")
     out.with_suffix(".md").write_text(to_markdown(table), "utf-8")
     print(to_markdown(table))
@@ -152,4 +161,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except UsageError as error:
+        raise SystemExit(str(error)) from None

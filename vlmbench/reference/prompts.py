@@ -5,7 +5,7 @@ Every pair starts at the same position, so that it looks exactly like the one qu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,14 @@ class Batch(NamedTuple):
     types: tuple[tuple[str, ...], ...]
     """Of the questions of each row."""
 
+    def answer_weights(self, by_type: Mapping[str, float]) -> torch.Tensor:
+        """[answer tokens of the batch]: what is given for the type of its question, else 1."""
+        weights = torch.ones(self.part.shape)
+        for b, types in enumerate(self.types):
+            for k, kind in enumerate(types, 1):
+                weights[b][self.part[b].cpu() == k] = by_type.get(kind, 1.0)
+        return weights[:, 1:].to(self.labels.device)[self.labels[:, 1:] != IGNORED]
+
     def to(self, device: torch.device | str) -> Batch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in self._asdict().items() if isinstance(v, torch.Tensor)}
         return self._replace(**tensors)
@@ -76,7 +84,7 @@ class Prefix(NamedTuple):
     next: int
     """Position of the first token of a question."""
     step: int
-    """By how much a blank unit in between moves what follows."""
+    """By how much a blank unit in between moves what follows; with captions a blank medium and its caption."""
     moves: torch.Tensor
     """bool [axes, P]: on which axes a token moves with its unit; what follows the clip moves on all."""
 
@@ -90,7 +98,7 @@ def video_prefix(model: str, n_units: int, captions: bool) -> Prefix:
     for first in range(0, n_units, per_medium):
         units = range(first, min(first + per_medium, n_units))
         if qwen:
-            _text([VISION_START], first - 1, tokens, unit, visual)
+            _text([VISION_START], first if captions else -1, tokens, unit, visual)
             places.append((cursor,) * 3)
             cursor += 1
         for u in units:
@@ -114,11 +122,11 @@ def video_prefix(model: str, n_units: int, captions: bool) -> Prefix:
     moves = torch.ones_like(positions, dtype=torch.bool)
     if qwen and not captions:  # inside one medium the time axis alone moves
         moves[1:, torch.tensor(visual)] = False
-    # What one more unit would add to the positions of all that follows; with captions its share of a medium and caption.
-    if qwen:
-        step = 2 + _SIDE + WORDS if captions else TIME_STEP
+    # What one more unit, or with captions one more medium and its caption, adds to the positions of all that follows.
+    if captions:
+        step = (2 + _SIDE if qwen else per_medium * TOKENS_PER_UNIT + 1) + WORDS
     else:
-        step = TOKENS_PER_UNIT + (1 + WORDS) // EVERY if captions else TOKENS_PER_UNIT
+        step = TIME_STEP if qwen else TOKENS_PER_UNIT
     newline = tuple(i in newlines and not qwen for i in range(len(tokens)))
     return Prefix(tuple(tokens), tuple(unit), tuple(visual), newline, positions, cursor, step, moves)
 
@@ -145,8 +153,8 @@ def make_batch(
 ) -> Batch:
     """One row for each clip with the questions asked about it.
 
-    blanks: int64 [B, units + 1], how many unseen blank units lie before each unit and before the end. The positions are then
-    those of the longer video of which only these units are shown: far positions without the length.
+    blanks: int64 [B, units + 1], how many unseen blank units (with captions: media) lie before each unit and before the end.
+    The positions are then those of the longer video of which only these units are shown: far positions without the length.
     """
     encode = partial(tokenizer.encode, add_special_tokens=False)
     rows = [[(encode(q.text + ANSWER), encode(q.answer + EOS)) for q in row] for row in asked]

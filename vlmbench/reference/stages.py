@@ -9,6 +9,7 @@ and the language side finds in its first layers what it would find in text.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,6 +49,15 @@ class Phase:
     """Position ids of a clip are those of a video of this many units (0: no gaps)."""
     hints: tuple[float, float] = (0.0, 0.0)
     """Weights of the hints on order and on remarks; from the start they would stand in the way of the first look-ups."""
+    focus: bool = False
+    """Whether types of question count as the recipe's `focus` says."""
+
+
+FOCUS = {
+    **dict.fromkeys(("before", "which_first", "says", "speaker", "beside"), 2.0),
+    **dict.fromkeys(("motion", "count"), 0.25),
+}
+"""Weights of types of question where a phase asks for them: what is learned last counts more, what is not gated less."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class Recipe:
     pools: dict[str, int] = field(default_factory=lambda: {"32": 2400, IMAGE: 2000})
     """Kind of clip to the number of clips."""
     validation: dict[str, int] = field(default_factory=lambda: {"32": 60, "128": 16, IMAGE: 60})
+    focus: dict[str, float] = field(default_factory=lambda: FOCUS)
+    """Weight of a type of question in the phases that ask for it."""
     seed: int = 0
 
 
@@ -113,18 +125,26 @@ RECIPES: dict[str, Recipe] = {
                 horizon=2400,
             ),
             Stage(
-                "length",
-                900,
+                "remarks",
+                300,
                 2e-3,
+                (Phase(1, ("6", "8", "12", "4+text", "8+text"), 16, _LLAVA_SPANS, (0.1, 0.3)),),
+                horizon=900,
+            ),
+            Stage(
+                "length",
+                1000,
+                1.5e-3,
                 (
-                    Phase(0.5, ("6", "8", "12", "4+text", "8+text"), 16, _LLAVA_SPANS, (0.1, 0.3)),
-                    Phase(0.75, ("8", "12", "16", "32", IMAGE, "8+text", "16+text"), 18, _LLAVA_SPANS, (0.1, 0.2)),
+                    Phase(0.5, ("6", "8", "12", "16", "4+text", "8+text"), 18, _LLAVA_SPANS, (0.4, 0.2), True),
+                    Phase(0.8, ("8", "12", "16", "32", IMAGE, "8+text", "16+text"), 20, _LLAVA_SPANS, (0.2, 0.1), True),
                     Phase(
                         1,
                         ("8", "16", "32", "64", "128", IMAGE, "8+text", "16+text", "32+text", "64+text"),
                         20,
                         _LLAVA_SPANS,
                         (0.1, 0.1),
+                        True,
                     ),
                 ),
             ),
@@ -134,19 +154,20 @@ RECIPES: dict[str, Recipe] = {
     QWEN: Recipe(
         QWEN,
         (
-            Stage("vision", 1200, 2e-3, (Phase(1, ("32", "32", IMAGE)),), tokens=1536),
+            Stage("vision", 900, 2e-3, (Phase(1, ("32", "32", IMAGE)),), tokens=1536),
             Stage(
                 "language",
-                1000,
-                2e-3,
+                700,
+                1.5e-3,
                 (
-                    Phase(0.3, ("4", "8", "12", IMAGE, "4+text"), 14, (0, 0, 32), (0.1, 0.2)),
+                    Phase(0.3, ("4", "8", "12", IMAGE, "4+text"), 14, (0, 0, 32), (0.1, 0.2), True),
                     Phase(
                         0.75,
                         ("4", "8", "12", "16", "24", IMAGE, "4+text", "8+text", "16+text"),
                         16,
                         _QWEN_SPANS,
                         (0.1, 0.2),
+                        True,
                     ),
                     Phase(
                         1,
@@ -154,6 +175,7 @@ RECIPES: dict[str, Recipe] = {
                         20,
                         _QWEN_SPANS,
                         (0.1, 0.1),
+                        True,
                     ),
                 ),
             ),
@@ -409,16 +431,16 @@ def ask_all(
 
 
 def gaps(scene: Scene, n_units: int, span: int, group: int, with_text: bool, rng: np.random.Generator) -> torch.Tensor:
-    """int64 [units + 1] blank units before each unit and at the end, `span` - `n_units` in all.
+    """int64 [units + 1] blank units before each unit and at the end, `span` - `n_units` in all; with captions blank media.
 
-    Units of one event stay neighbours, and those between two captions as well; all others move apart.
+    Units of one event or medium stay neighbours; all others move apart.
     """
+    per_medium = EVERY // group if with_text else 1
     inside = {u for e in scene.events for u in range(e.start // group + 1, (e.stop - 1) // group + 1)}
-    tied = inside | ({u for u in range(n_units) if u * group % 2} if with_text else set())
-    loose = [u for u in range(n_units + 1) if u not in tied]
-    share = rng.dirichlet(np.ones(len(loose)))
+    loose = [u for u in range(0, n_units + 1, per_medium) if u not in inside]
     blanks = torch.zeros(n_units + 1, dtype=torch.long)
-    blanks[torch.tensor(loose)] = torch.from_numpy(rng.multinomial(span - n_units, share))
+    share = rng.dirichlet(np.ones(len(loose)))
+    blanks[torch.tensor(loose)] = torch.from_numpy(rng.multinomial((span - n_units) // per_medium, share))
     return blanks
 
 
@@ -453,16 +475,18 @@ def _spread(features: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 
 def language_step(
-    model: Model, order: HintHeads, remark: HintHeads, lesson: Lesson, hints: tuple[float, float]
+    model: Model, order: HintHeads, remark: HintHeads, lesson: Lesson, phase: Phase, focus: Mapping[str, float]
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss on the answers, and with these weights on what `order` and `remark` ask."""
+    """The loss on the answers, and with the phase's weights on what `order` and `remark` ask."""
+    hints = phase.hints
     batch = lesson.batch
     want = batch.labels[:, 1:]
     want = want[want != IGNORED]
     hidden = hidden_states(model, lesson.features, batch)
     logits = answer_logits(model, hidden[-1], batch)
-    loss = F.cross_entropy(logits, want)
-    seen = {"answers": loss.item(), "tokens": float((logits.argmax(-1) == want).float().mean())}
+    each = F.cross_entropy(logits, want, reduction="none")
+    loss = (each * batch.answer_weights(focus)).mean() if phase.focus else each.mean()
+    seen = {"answers": each.mean().item(), "tokens": float((logits.argmax(-1) == want).float().mean())}
     half_way = hidden[HintHeads.DEPTH]
     if lesson.order is not None and hints[0]:
         asked = order(half_way[:, batch.visual], lesson.order)

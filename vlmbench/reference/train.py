@@ -1,10 +1,10 @@
-"""How a reference model is trained: stages in order, resumable at any step, one folder to ship at the end.
+"""How a reference model is trained: stages in order, resumable, one folder to ship at the end.
 
-python -m vlmbench.reference.train --model tiny-llava-ov --out DIR [--stages vision,language] [--seed 0]
+python -m vlmbench.reference.train --model tiny-llava-ov --out DIR [--stages vision,language] [--seed 0] [--device cuda]
 
-DIR/state.pt holds everything to go on from and is replaced atomically; DIR/tiny-llava-ov is the checkpoint folder,
-written after each stage. The batch of a step depends on seed, stage and step alone, so a resumed run ends with the same
-weights as an uninterrupted one.
+DIR/state.pt holds everything to go on from and is replaced atomically every 300 steps; DIR/tiny-llava-ov is the checkpoint
+folder, written at the end. The batch of a step depends on seed, stage and step alone, so a resumed run ends with the same
+weights as an uninterrupted one, on a CPU bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import pickle
 import platform
 import shutil
 import time
@@ -29,8 +30,10 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 from vlmbench.errors import UsageError
+from vlmbench.header import source
+from vlmbench.machine import pick_device
 from vlmbench.models.qwen_vl import batch_chunks
-from vlmbench.reference import hash_of, verify
+from vlmbench.reference import hash_of, read_log, verify
 from vlmbench.reference.build import QWEN, TOKENS_PER_UNIT, Model, make_model, make_tokenizer, save_folder
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, make_pool
 from vlmbench.reference.evaluate import teacher_forced
@@ -70,8 +73,9 @@ class Trainer:
             batch_chunks(self.model.model.visual)
         self.group = group_of(self.model)
         # The vision side writes the words with which the language side that will read them was taught.
-        taught_by = make_model(recipe.start, self.tokenizer, recipe.seed) if recipe.start else self.model
+        taught_by = self.model
         if recipe.start:
+            taught_by = make_model(recipe.start, self.tokenizer, read_log(verify(recipe.start))["seed"])
             _begin_with(self.model, recipe.start)
         torch.manual_seed(recipe.seed)
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids([*COLOURS, *SHAPES, *PLACES]))
@@ -86,6 +90,8 @@ class Trainer:
         self._source: Source | None = None
         if self.state_path.exists():
             self._load()
+        elif (out / recipe.model).exists():
+            raise UsageError(f"--out {out} holds a {recipe.model} but no state.pt to go on from; give an empty folder.")
 
     @property
     def state_path(self) -> Path:
@@ -101,7 +107,13 @@ class Trainer:
             self._run_stage(self.recipe.stages[self.stage], save_every, log_every)
             self.stage, self.step, self.optimizer_states = self.stage + 1, 0, []
             self._save([])
+        if not self._exported():
             self.export()
+
+    def _exported(self) -> bool:
+        """Whether the checkpoint folder is of this stage's end; a run stopped before it was written is not done."""
+        folder = self.out / self.recipe.model
+        return folder.exists() and len(read_log(folder)["stages_done"]) == self.stage
 
     def _run_stage(self, stage: Stage, save_every: int, log_every: int) -> None:
         seeing = stage.name == "vision"
@@ -175,6 +187,12 @@ class Trainer:
             span = phase.spans[int(rng.integers(len(phase.spans)))]
             return self.source.lesson(kind, stage.tokens, phase.pairs, span, rng)
 
+        # Everything that starts processes or takes long is made here, not in the thread.
+        if stage.name == "vision":
+            for kind in self.recipe.pools:
+                self.pool(kind)
+        else:
+            _ = self.source
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(make, self.step)
             for step in range(self.step + 1, stage.steps):
@@ -185,8 +203,10 @@ class Trainer:
     def _loss(self, stage: Stage, material: Look | Lesson) -> tuple[torch.Tensor, dict[str, float]]:
         if isinstance(material, Look):
             return vision_step(self.model, self.heads, material)
-        hints = stage.phase_at(self.step).hints
-        return language_step(self.model, self.order_heads, self.remark_heads, material.to(self.device), hints)
+        phase = stage.phase_at(self.step)
+        return language_step(
+            self.model, self.order_heads, self.remark_heads, material.to(self.device), phase, self.recipe.focus
+        )
 
     @property
     def source(self) -> Source:
@@ -236,6 +256,12 @@ class Trainer:
             "recipe": dataclasses.asdict(self.recipe),
             "stages_done": [stage.name for stage in self.recipe.stages[: self.stage]],
             "seconds": round(self.seconds, 1),
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "source": source(),
+            "start_weights_sha256": read_log(verify(self.recipe.start))["weights_sha256"]
+            if self.recipe.start
+            else None,
             "versions": {
                 "python": platform.python_version(),
                 **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)},
@@ -244,8 +270,14 @@ class Trainer:
             "curves": self.curves,
         }
         (fresh / "training.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(fresh, folder)
+        if folder.exists():  # out of the way first: a stop in between leaves one of the two whole
+            before = self.out / f".{self.recipe.model}.before"
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(folder, before)
+            os.replace(fresh, folder)
+            shutil.rmtree(before)
+        else:
+            os.replace(fresh, folder)
         return folder
 
     def _note(self, line: dict[str, Any]) -> None:
@@ -276,7 +308,10 @@ class Trainer:
         os.replace(fresh, self.state_path)
 
     def _load(self) -> None:
-        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(self.state_path, map_location=self.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UsageError(f"{self.state_path} cannot be read ({error!r:.80}); give an empty folder.") from None
         if state["recipe"] != self._fingerprint():
             raise UsageError(
                 f"--out {self.out} holds a run of another recipe or seed; give an empty folder or that recipe."
@@ -292,7 +327,10 @@ class Trainer:
 def _begin_with(model: Model, name: str) -> None:
     """Take over the language side of a shipped model: every weight, as both families have the same."""
     other = AutoModelForImageTextToText.from_pretrained(verify(name))
-    model.model.language_model.load_state_dict(other.model.language_model.state_dict())
+    try:
+        model.model.language_model.load_state_dict(other.model.language_model.state_dict())
+    except RuntimeError:
+        raise UsageError(f"The shipped {name} has another shape or vocabulary; train it again first.") from None
 
 
 def main() -> None:
@@ -304,11 +342,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    if args.seed < 0 or args.threads < 1:
+        parser.error(f"--seed must be at least 0 and --threads at least 1, not {args.seed} and {args.threads}.")
     torch.set_num_threads(args.threads)
     recipe = dataclasses.replace(RECIPES[args.model], seed=args.seed)
     names = args.stages.split(",") if args.stages else [stage.name for stage in recipe.stages]
     try:
-        Trainer(recipe, args.out, device=args.device).run(names)
+        Trainer(recipe, args.out, device=str(pick_device(args.device))).run(names)
     except UsageError as error:
         parser.error(str(error))
 
