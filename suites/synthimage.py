@@ -40,7 +40,7 @@ class SynthImage(Suite):
 
     @property
     def data_hash(self) -> str:
-        return source_hash()
+        return source_hash("questions", "picking")
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         from vlmbench.suites._synth.picking import pick

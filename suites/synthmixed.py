@@ -1,6 +1,7 @@
 """Generated videos with text between the frames: time stamps and remarks; what is asked for lies in either, or in both.
 
-The videos are those of `synthvideo`, the text about a quarter of a prompt. Clusters are videos.
+The videos are those of `synthvideo`; a quarter of a prompt of LLaVA-OneVision is text, and two fifths of one of Qwen2.5-VL.
+Clusters are videos.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class SynthMixed(Suite):
 
     @property
     def data_hash(self) -> str:
-        return source_hash("questions", "captions")
+        return source_hash("questions", "picking", "captions")
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         return self._test if split == "test" else list(self._make("train"))

@@ -69,7 +69,7 @@ class SynthVideo(Suite):
 
     @property
     def data_hash(self) -> str:
-        return source_hash()
+        return source_hash("questions", "picking")
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         return self._test if split == "test" else list(self._make("train"))

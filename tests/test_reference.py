@@ -26,18 +26,10 @@ from vlmbench.reference.build import LLAVA, QWEN, TOKENS_PER_UNIT, UNK, make_mod
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, clip_of, make_pool, scene_of
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
+from vlmbench.reference.hints import order_targets, remark_targets
+from vlmbench.reference.lessons import answer_logits, ask_all, gaps, hidden_states
 from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
-from vlmbench.reference.stages import (
-    Phase,
-    Recipe,
-    Stage,
-    answer_logits,
-    ask_all,
-    gaps,
-    hidden_states,
-    order_targets,
-    remark_targets,
-)
+from vlmbench.reference.recipes import Phase, Recipe, Stage
 from vlmbench.reference.train import Trainer
 from vlmbench.reference.words import VOCABULARY
 from vlmbench.suite import Caption
@@ -64,7 +56,7 @@ def tiny(model: str) -> Recipe:
                 1e-3,
                 (
                     Phase(0.25, ("12",), 4, (0,), (0.2, 0)),
-                    Phase(1, ("12+text", IMAGE), 4, (0, 64), (0.2, 0.2), True),
+                    Phase(1, ("12+text", IMAGE), 4, (0, 64), (0.2, 0.2), 2.0),
                 ),
                 tokens=400,
                 horizon=8,

@@ -59,7 +59,7 @@ def test_questions_and_captions_never_change_within_a_version() -> None:
 
 def test_a_change_of_the_text_changes_the_data_hash_and_leaves_the_videos() -> None:
     suite = SynthMixed()
-    assert suite.data_hash == source_hash("questions", "captions") != SynthVideo().data_hash
+    assert suite.data_hash == source_hash("questions", "picking", "captions") != SynthVideo().data_hash
     assert source_hash() in str(suite.samples()[0].media[0].path)
 
 

@@ -1,13 +1,13 @@
 """One operation of a method against the best dense kernel, in turns, on a made-up prompt of a given shape.
 
 Attention is here: the method's own function is timed, as its `install` hands it to the patcher, on random queries, keys and
-values; what it works out once a prompt (`index_s`) is timed apart and shown. Rounds are interleaved and kept. Whole stages
-of a model are in `bench_model`; the rows of both have the same columns.
+values. What its kernel makes from a plan is made anew in every round, inside the time; what `prepare` works out once a
+prompt (`index_s`) is timed apart and shown. Rounds are interleaved and kept. Whole stages of a model are in `bench_model`;
+the rows of both have the same columns.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from statistics import median
@@ -20,10 +20,10 @@ from torch import Tensor
 from vlmbench import ceiling, cost
 from vlmbench.dense import Flex, backends, causal_sdpa, label, only
 from vlmbench.errors import RunError, UsageError
-from vlmbench.kernels.block_attention import runs_fast
+from vlmbench.kernels.block_attention import forget, runs_fast
 from vlmbench.machine import pick_device, pick_dtype
 from vlmbench.madeup import Shape, shapes
-from vlmbench.rounds import Clock, Race, Side, fastest, out_of_memory, peak_bytes, race, release
+from vlmbench.rounds import Clock, Race, Side, fastest, first_line, out_of_memory, peak_bytes, race, release
 from vlmbench.session import make_methods
 from vlmbench.spec import params_of
 from vlmbench.stats import ratio_interval
@@ -135,10 +135,8 @@ def _attention(
         )
     row = new_row("attention", method, shape, device, dtype) | {"per_layer": True}
     clock = Clock(device)
-    begin = time.perf_counter()
     trace = Trace()
-    prompt = method.prepare(shape.prompt(device), trace)
-    row["index_s"] = time.perf_counter() - begin
+    prompt, row["index_s"] = prepared(method, shape.prompt(device), trace, clock)
     plan = prompt.extras.get("block_plan")
     if plan is not None:
         row["pairs_limit"] = shape.tokens * (shape.tokens + 1) / 2 / plan.pairs
@@ -154,14 +152,15 @@ def _attention(
         if plan is not None and not runs_fast(q, k, v):
             trace.facts["masked"] = True
         mark_masked(row, trace, device)
-        attend = _method_attention(method, prompt, q, k, v)
+        attend = _method_attention(method, prompt, trace, q, k, v)
         if check:
             row["check"] = _check(attend(), q, k, v, plan, seed)
-        own = Side("method", lambda _: attend())
+        own = Side("method", lambda _: attend(), lambda _: forget())
         best, seconds, refused = fastest(_dense_sides(q, k, v), clock)
         if best is None and not any("memory" in reason for reason in refused.values()):
             raise RunError("No dense attention kernel takes this shape here; choose another --dtype or --head-dim.")
         run = race(best, own, rounds, clock)
+        mark_masked(row, trace, device)  # what the kernel refused at its launch is known now
         close_row(row, run, best, seconds, refused)
         if rivals and plan is not None and getattr(method, "plain", True):
             _, row["method_kernels_s"], row["method_refused"] = fastest(_rivals(q, k, v, plan, check, seed), clock)
@@ -199,13 +198,26 @@ def new_row(op: str, method: Method, shape: Shape, device: torch.device, dtype: 
         "dense_rounds_s": [],
         "method_rounds_s": [],
         "per_layer": False,
-        "marks": ["cpu"] if device.type == "cpu" else [],
+        # Decoding is the library's own step loop: no CUDA graph and no compilation, for dense and method alike.
+        "marks": [*(["cpu"] if device.type == "cpu" else []), *(["eager"] if op == "decode" else [])],
     }
+
+
+def prepared(method: Method, prompt: Prompt, trace: Trace, clock: Clock) -> tuple[Prompt, float]:
+    """The prompt as the method leaves it, and the seconds that takes when all of it is imported already."""
+    method.prepare(prompt, Trace(sample_id=trace.sample_id))
+    left = prompt
+
+    def prepare(_: Any) -> None:
+        nonlocal left
+        left = method.prepare(prompt, trace)
+
+    return left, Side("prepare", prepare).seconds(clock)
 
 
 def mark_masked(row: dict[str, Any], trace: Trace, device: torch.device) -> None:
     """Say that a mask stood in for a kernel. Raises `UsageError` where the mask alone would be too large."""
-    if not trace.facts.get("masked"):
+    if not trace.facts.get("masked") or "masked" in row["marks"]:
         return
     tokens = row["tokens"]
     if tokens**2 > MASK_LIMIT:
@@ -214,7 +226,7 @@ def mark_masked(row: dict[str, Any], trace: Trace, device: torch.device) -> None
             f"it would take {tokens**2 / 2**30:.0f} GiB at {tokens} tokens; use fewer."
         )
     row["marks"] = [*row["marks"], "masked"]
-    row["note"] = "no kernel for this device: a dense call under a mask ran"
+    row["note"] = "no kernel for this device or shape: a dense call under a mask ran"
 
 
 def close_row(
@@ -239,14 +251,24 @@ def close_row(
 def add_shares(
     row: dict[str, Any], device: torch.device, dtype: torch.dtype, dense: cost.Cost, own: cost.Cost | None
 ) -> None:
-    """FLOPs and least bytes of both sides, and the shares of the device's measured rates that their times come to."""
-    reached = ceiling.measure(device, dtype)
-    row["device_flops"], row["device_bytes_per_s"] = reached
+    """FLOPs and least bytes of both sides, and the shares of the device's measured rates that their times come to.
+
+    Where the rates themselves run out of memory there are no shares; what was timed before stands.
+    """
+    try:
+        reached = ceiling.measure(device, dtype)
+        row["device_flops"], row["device_bytes_per_s"] = reached
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        reached = None
+        add_note(row, f"no memory was left to measure the device's rates ({first_line(error)})")
+        release()
     for side, work, prefix in (("dense", dense, "dense_"), ("method", own, "")):
         if work is None:
             continue
         row[f"{side}_flops"], row[f"{side}_bytes"] = work
-        if seconds := row[f"{side}_s"]:
+        if reached is not None and (seconds := row[f"{side}_s"]):
             row[f"{prefix}flops_share"] = work.flops / seconds / reached.flops_per_s
             row[f"{prefix}bytes_share"] = work.bytes / seconds / reached.bytes_per_s
     if own is not None and own.flops:
@@ -256,9 +278,12 @@ def add_shares(
 def ran_out(row: dict[str, Any], who: str, error: BaseException | str) -> None:
     """Mark the row: out of memory ends it, and no other one."""
     row["marks"] = [*row["marks"], *(["oom"] if "oom" not in row["marks"] else [])]
-    says = f"{who} ran out of memory ({' '.join(str(error).split())[:160]})"
-    row["note"] = f"{row['note']}; {says}" if row["note"] else says
+    add_note(row, f"{who} ran out of memory ({' '.join(str(error).split())[:160]})")
     release()
+
+
+def add_note(row: dict[str, Any], says: str) -> None:
+    row["note"] = f"{row['note']}; {says}" if row["note"] else says
 
 
 def to_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -286,9 +311,9 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{where}: {ratio} ({own} against {dense} with {row['dense_kernel'] or 'no kernel'}; {'; '.join(says)})"
 
 
-def _method_attention(method: Method, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> Attention:
+def _method_attention(method: Method, prompt: Prompt, trace: Trace, q: Tensor, k: Tensor, v: Tensor) -> Attention:
     collector = _Collector()
-    method.install(collector, Trace())  # type: ignore[arg-type]
+    method.install(collector, trace)  # type: ignore[arg-type]
     attend = collector.attend
     if attend is None:
         raise UsageError(f"{method.name} replaces no attention, so there is nothing to time here.")
@@ -324,7 +349,11 @@ def _rivals(q: Tensor, k: Tensor, v: Tensor, plan: Any, check: bool, seed: int) 
                 except RunError as error:
                     raise ValueError(str(error)) from None
 
-        return Side(name, lambda _: attend(), lambda _: first())
+        def ready(_: Any) -> None:
+            first()
+            forget()
+
+        return Side(name, lambda _: attend(), ready)
 
     return {name: side(name, partial(way.block_attention, q, k, v, plan)) for name, way in ways.items()}
 

@@ -8,6 +8,8 @@ in a row. Accuracy at the chosen count is an ordinary stored run. The ladder goe
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -88,7 +90,7 @@ def run(request: RunRequest, progress: Progress) -> int:
         videos = _decoded(session)
         native = max(frames for _, frames in videos)
         climb(session, climbs, videos, native)
-        path = session.folder(climbs[0].method).parent / f"latency-limit-{limit_s:g}s.json"
+        path = _path(session, climbs)
         _write(path, session, climbs, native)
         for each in climbs:
             if each.chosen is not None:
@@ -98,7 +100,18 @@ def run(request: RunRequest, progress: Progress) -> int:
         _write(path, session, climbs, native)
         print(to_text(session, climbs, native))
     records = [record for each in climbs if each.view for record in each.view.records.of("accuracy").values()]
-    return 1 if request.strict and any(record.status not in FINISHED for record in records) else 0
+    unfinished = any(record.status not in FINISHED for record in records)
+    return 1 if request.strict and (unfinished or any(step.failed for each in climbs for step in each.steps)) else 0
+
+
+def _path(session: Session, climbs: Sequence[Climb]) -> Path:
+    """Beside the runs; what can change an answer or its seconds is in the name's hash, so no command overwrites another's."""
+    request = session.request
+    folders = [session.folder(each.method) for each in climbs]
+    measured = (request.limit, request.timed, request.warmup, request.repeats, request.threads)
+    text = json.dumps([sorted(folder.name for folder in folders), measured])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return folders[0].parent / f"latency-limit-{climbs[0].limit_s:g}s-{digest}.json"
 
 
 def ladder(native: int) -> list[int]:
@@ -132,8 +145,8 @@ def climb(session: Session, climbs: Sequence[Climb], videos: Sequence[tuple[Samp
                 continue
             for number, rounds_s, why in _timed(session, left, sample, frames):
                 timed[number].append(rounds_s)
-                if why:
-                    failed[number] = why
+                if why or not rounds_s:
+                    failed[number] = why or "failed"
         for number, each in enumerate(left):
             step = Step(frames, tuple(timed[number]), failed.get(number, ""))
             each.steps.append(step)

@@ -51,7 +51,7 @@ class ParallelEncoding(Method):
     def install(self, patch: Patcher, trace: Trace) -> None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        from vlmbench.kernels.block_attention import block_attention, runs_fast
+        from vlmbench.kernels.block_attention import attend
 
         def attention(
             module: nn.Module,
@@ -67,8 +67,10 @@ class ParallelEncoding(Method):
             if block_plan is None:  # decode, or nothing to split
                 return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
             require_empty_cache(q, k, block_plan)
-            trace.facts["masked"] = not runs_fast(q, k, v)
-            return block_attention(q, k, v, block_plan, scale=scaling).transpose(1, 2).contiguous(), None
+            out, masked = attend(q, k, v, block_plan, scale=scaling)
+            if masked:  # in any layer
+                trace.facts["masked"] = True
+            return out.transpose(1, 2).contiguous(), None
 
         patch.attention(attention)
 

@@ -6,7 +6,7 @@ every pair and is for tests on small shapes.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vlmbench.kernels.block_attention.plan import Plan
+from vlmbench.kernels.block_attention.remembered import remembered
 from vlmbench.kernels.block_attention.tiles import check_shapes, regions
 
 TILE = 128
@@ -21,12 +22,12 @@ TILE = 128
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None) -> Tensor:
     """``q [1, H, N, D]``, ``k, v [1, Hkv, N, D]`` with H a multiple of Hkv; returns ``[1, H, N, D]``."""
-    check_shapes(q, k, plan)
+    check_shapes(q, k, v, plan)
     attend = _compiled() if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=block_mask(plan, q.device), scale=scale, enable_gqa=True)
 
 
-@lru_cache(maxsize=8)
+@remembered(maxsize=8)
 def block_mask(plan: Plan, device: torch.device) -> BlockMask:
     """Made once a plan and device, from the plan's edges: no N × N mask is ever evaluated."""
     some, whole = tile_table(plan)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from functools import lru_cache
 from importlib.util import find_spec
 from math import log2
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from vlmbench.kernels.block_attention.dense import Attended
 from vlmbench.kernels.block_attention.plan import Plan
+from vlmbench.kernels.block_attention.remembered import remembered
 from vlmbench.kernels.block_attention.tiles import check_shapes, query_tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -52,7 +52,7 @@ def attended(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None, tile: Tile | None = None
 ) -> Attended:
     """The same with its log-sum-exp ``[1, H, N]``, for joining with attention over further keys."""
-    check_shapes(q, k, plan)
+    check_shapes(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     reason = refusal(q, k, v) or (f"a scale of {scale} is not above 0" if scale <= 0 else None)
     if reason:
@@ -134,6 +134,6 @@ def _both(tables: list[Tensor]) -> list[Tensor]:
     return tables * 2 if len(tables) == 1 else tables
 
 
-@lru_cache(maxsize=32)
+@remembered(maxsize=32)
 def _is_large(plan: Plan, heads: int) -> bool:
     return plan.pairs * heads >= LARGE_PAIRS

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmbench.kernels.block_attention.plan import Plan
+from vlmbench.kernels.block_attention.remembered import remembered
 
 
 class Region(NamedTuple):
@@ -30,7 +30,7 @@ def regions(plan: Plan) -> list[Region]:
     return [region for region in found if region.stop > region.start]
 
 
-@lru_cache(maxsize=32)
+@remembered(maxsize=32)
 def query_tiles(plan: Plan, rows: int, groups: int, device: torch.device) -> Tensor:
     """``[n, 4]`` int32: a tile's first row, the row after its region's last, and the region's `own` and `far`.
 
@@ -47,11 +47,14 @@ def query_tiles(plan: Plan, rows: int, groups: int, device: torch.device) -> Ten
     return torch.tensor(tiles, dtype=torch.int32, device=device)
 
 
-def check_shapes(q: Tensor, k: Tensor, plan: Plan) -> None:
-    """Raises `ValueError` when the tensors are not of the plan's one prompt, or heads do not divide."""
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> None:
+    """Raises `ValueError` when the tensors are not of the plan's one prompt, or heads do not match or divide."""
     if q.shape[0] != 1:
         raise ValueError(f"a plan is of one prompt; the batch is {q.shape[0]}")
-    if q.shape[2] != plan.length or k.shape[2] != plan.length:
-        raise ValueError(f"the plan is for {plan.length} tokens; q has {q.shape[2]} and k has {k.shape[2]}")
+    if {x.shape[2] for x in (q, k, v)} != {plan.length}:
+        lengths = f"q has {q.shape[2]}, k has {k.shape[2]} and v has {v.shape[2]}"
+        raise ValueError(f"the plan is for {plan.length} tokens; {lengths}")
+    if k.shape[1] != v.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} heads and v has {v.shape[1]}; they need as many")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")

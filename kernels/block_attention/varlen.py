@@ -6,7 +6,7 @@ attention (bf16 or fp16); elsewhere one dense call a sequence, which is for test
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from inspect import signature
 from itertools import pairwise
 from typing import Any
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from vlmbench.kernels.block_attention.dense import Attended, attend, join_into
 from vlmbench.kernels.block_attention.plan import Plan
+from vlmbench.kernels.block_attention.remembered import remembered
 from vlmbench.kernels.block_attention.tiles import check_shapes, regions
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan, *, scale: float | None = None) -> Tensor:
     """``q [1, H, N, D]``, ``k, v [1, Hkv, N, D]`` with H a multiple of Hkv; returns ``[1, H, N, D]``."""
-    check_shapes(q, k, plan)
+    check_shapes(q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [N, H, D]
     edges = (0, *(region.stop for region in regions(plan)))
@@ -64,7 +65,7 @@ def _one_by_one(
     return Attended(out, torch.cat([part.lse for part in parts], 2)[0].transpose(0, 1))
 
 
-@lru_cache(maxsize=32)
+@remembered(maxsize=32)
 def _on(edges: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(edges, dtype=torch.int32, device=device)
 

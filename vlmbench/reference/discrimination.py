@@ -80,8 +80,8 @@ def rows(runs: Path, models: Sequence[str], losses: Sequence[Loss] = LOSSES) -> 
         stored, video = run.spec, run.spec["suite_params"]
         if stored["suite"] != "synthvideo" or video.get("type") or video.get("depth") is not None:
             continue
-        key = (stored["model"], video["length"], stored["frames"], run.method)
-        key = (*key, json.dumps(stored["method_params"], sort_keys=True))
+        params = json.dumps(stored["method_params"], sort_keys=True)
+        key = (stored["model"], video["length"], stored["frames"], run.method, params)
         if key in found:
             raise UsageError(
                 f"{runs} holds {run.method} on {run.suite} twice, of other weights or settings; give an empty folder."

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from vlmbench.reference.build import Model
 from vlmbench.reference.data import IMAGE, Pool
+from vlmbench.reference.lessons import answer_logits, ask_all, hidden_states
 from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
-from vlmbench.reference.stages import answer_logits, ask_all, hidden_states
 
 
 @torch.no_grad()

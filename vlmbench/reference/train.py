@@ -38,23 +38,10 @@ from vlmbench.reference.build import QWEN, TOKENS_PER_UNIT, Model, make_model, m
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, make_pool
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
-from vlmbench.reference.stages import (
-    ORDER_SIZES,
-    RECIPES,
-    REMARK_SIZES,
-    HintHeads,
-    Lesson,
-    Look,
-    Recipe,
-    Source,
-    Stage,
-    VisionHeads,
-    language_step,
-    look_at,
-    settle,
-    vision_parameters,
-    vision_step,
-)
+from vlmbench.reference.hints import ORDER_SIZES, REMARK_SIZES, HintHeads
+from vlmbench.reference.lessons import Lesson, Source, language_step
+from vlmbench.reference.recipes import RECIPES, Recipe, Stage
+from vlmbench.reference.vision import Look, VisionHeads, look_at, settle, vision_parameters, vision_step
 from vlmbench.reference.words import VOCABULARY
 from vlmbench.suites._synth.scene import COLOURS, PLACES, SHAPES
 
@@ -204,9 +191,7 @@ class Trainer:
         if isinstance(material, Look):
             return vision_step(self.model, self.heads, material)
         phase = stage.phase_at(self.step)
-        return language_step(
-            self.model, self.order_heads, self.remark_heads, material.to(self.device), phase, self.recipe.focus
-        )
+        return language_step(self.model, self.order_heads, self.remark_heads, material.to(self.device), phase)
 
     @property
     def source(self) -> Source:
