@@ -34,7 +34,7 @@ class Ape(ParallelEncoding):
         faithful="shared prefix, reused positions, query behind the longest block, temperature and scale",
         extension="frames instead of documents; on M-RoPE blocks share the temporal axis",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}), prefix_reusable=True)
 
     block: int = 8
     temperature: float = 0.9

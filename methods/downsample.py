@@ -26,7 +26,7 @@ class Downsample(Method):
 
     name: ClassVar[str] = "downsample"
     cite: ClassVar[Citation] = Citation("input downsampling", extension="the whole method")
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"frames", "vision", "prompt"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"frames", "vision", "prompt"}), prefix_reusable=True)
 
     ratio: float = 0.25
     axis: Literal["frames", "pixels"] = "frames"

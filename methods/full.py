@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vlmbench.method import Citation, Method
+from vlmbench.method import Citation, Method, Traits
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Full(Method):
 
     name: ClassVar[str] = "full"
     cite: ClassVar[Citation] = Citation("Attention Is All You Need", "1706.03762", faithful="dense causal attention")
+    traits: ClassVar[Traits] = Traits(prefix_reusable=True)
 
     @classmethod
     def neutral(cls) -> Full:

@@ -51,7 +51,7 @@ class Pevlm(ParallelEncoding):
         extension="default sink and block (the paper's are not public); units from the layout, never constants; token "
         "blocks end with the last visual token instead of running into the question",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}), prefix_reusable=True)
 
     sink: int | None = None
     block: int | None = None
@@ -68,7 +68,7 @@ class Pevlm(ParallelEncoding):
                     f"pevlm:artefact={self.artefact} was fitted with {key}={found[key]}, not {getattr(self, key)}; give "
                     f"{key}={found[key]} too, or sink and block instead of the artefact."
                 )
-        for key in ("sink", "block"):  # what is given wins
+        for key in ("sink", "block"):  # of these two, what is given wins; the three above were only to agree
             value = found.get(key)
             if self.artefact is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise UsageError(f"pevlm:artefact={self.artefact} is damaged ({key} is {value!r}); make it again.")

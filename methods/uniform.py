@@ -19,7 +19,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
     cite: ClassVar[Citation] = Citation("evenly spaced token subset", extension="the whole method")
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prompt"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prompt"}), prefix_reusable=True)
 
     ratio: float = 0.25
     tokens: int | None = None

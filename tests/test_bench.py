@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import jsonschema
 import pytest
 import torch
 
-from vlmbench import bench
+from vlmbench import bench, ceiling
 from vlmbench.errors import RunError
-from vlmbench.kernels.block_attention import blocks
+from vlmbench.kernels import block_attention
+from vlmbench.kernels.block_attention import blocks, tiles
+from vlmbench.methods.pevlm import Pevlm
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = [
@@ -86,6 +89,60 @@ def test_a_wrong_kernel_gets_no_ratio_and_exit_code_1(cli: Callable[..., Any], m
     assert called.code == 1
     assert called.out == ""
     assert "no ratio" in called.err
+
+
+@pytest.mark.parametrize("op", [("attention",), ("prefill", "--shape", "mini-qwen2.5-vl")], ids=lambda op: op[0])
+def test_every_round_makes_the_kernels_tables_anew_and_every_layer_shares_them(
+    cli: Callable[..., Any], monkeypatch: Any, op: Any
+) -> None:
+    right, tables = blocks.block_attention, []
+
+    def tiled(q: Any, k: Any, v: Any, plan: Any, **options: Any) -> Any:
+        tables.append(tiles.query_tiles(plan, 64, 2, q.device))
+        return right(q, k, v, plan, **options)
+
+    monkeypatch.setattr(blocks, "block_attention", tiled)
+    assert cli("bench", *op, "--method", "pevlm:sink=2,block=2", *SMALL).code == 0
+    layers = 1 if op[0] == "attention" else 4
+    rounds = [{id(each) for each in tables[i : i + layers]} for i in range(0, len(tables) - layers, layers)]
+    assert len(rounds) >= 7  # one of warm-up and six
+    assert all(len(one) == 1 for one in rounds)
+    assert len(set().union(*rounds)) == len(rounds)
+
+
+def test_what_is_slow_only_once_is_not_in_index_s(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    prepare = Pevlm.prepare
+    called: list[int] = []
+
+    def first_slow(self: Any, *args: Any) -> Any:
+        if not called:
+            time.sleep(1)  # as an import would take
+        called.append(1)
+        return prepare(self, *args)
+
+    monkeypatch.setattr(Pevlm, "prepare", first_slow)
+    done = cli("bench", "attention", "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+    assert json.loads(done.out)["rows"][0]["index_s"] < 1
+
+
+def test_a_masked_path_that_shows_only_at_the_launch_is_marked(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    right = block_attention.attend
+    monkeypatch.setattr(block_attention, "attend", lambda *a, **o: right(*a, **o)._replace(masked=True))
+    for op in (("attention",), ("prefill", "--shape", "mini-qwen2.5-vl")):
+        done = cli("bench", *op, "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+        assert json.loads(done.out)["rows"][0]["marks"] == ["cpu", "masked"]
+
+
+def test_no_memory_for_the_devices_rates_leaves_what_was_timed(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    monkeypatch.setattr(ceiling, "measure", lambda *args: torch.empty(1 << 62, dtype=torch.int8))
+    done = cli("bench", "attention", "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+    (row,) = json.loads(done.out)["rows"]
+    assert row["marks"] == ["cpu"]
+    assert row["ratio"] > 0
+    assert row["flops_limit"] > 1
+    assert row["flops_share"] is row["device_flops"] is None
+    assert "no memory was left to measure the device's rates" in row["note"]
+    jsonschema.validate(json.loads(done.out), json.loads((ROOT / "docs" / "schema" / "bench.schema.json").read_text()))
 
 
 def test_the_check_sees_a_key_too_many(monkeypatch: Any) -> None:

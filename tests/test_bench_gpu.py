@@ -91,6 +91,18 @@ def test_the_time_is_kept_and_what_was_not_reached_is_named(tmp_path: Path, monk
         assert f"Skipped {name}: the time was up" in log
 
 
+def test_at_the_deadline_what_a_worker_started_ends_with_it(tmp_path: Path, monkeypatch: Any) -> None:
+    """The worker's child holds the pipe to the watcher: while it lives the log does not end."""
+    code = (
+        "import subprocess\nprint('» a', flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    )
+    begin = time.monotonic()
+    returned, _ = watched(tmp_path, monkeypatch, code, 3)
+    assert returned == 0
+    assert time.monotonic() - begin < 30
+
+
 def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
     from vlmbench.madeup import shapes
     from vlmbench.session import make_methods

@@ -48,7 +48,7 @@ def test_rows_are_whole_and_name_the_best_dense_kernel(cli: Callable[..., Any], 
     assert len(row["dense_rounds_s"]) == len(row["method_rounds_s"]) == 2
     assert (row["layers"], row["model_layers"], row["per_layer"]) == (4, 4, False)
     assert row["whole_dense_s"] is None
-    assert row["marks"] == ["cpu"]
+    assert row["marks"] == (["cpu", "eager"] if op == "decode" else ["cpu"])
     assert row["peak_bytes"] > 0
     assert row["device_flops"] > 0
     # No share is negative, and none can pass one by more than an unsteady clock.
@@ -69,6 +69,34 @@ def test_the_rest_counts_once_and_the_layers_as_often_as_there_are() -> None:
     row = {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None}
     bench_model._Bench._add_whole(None, row, dense_rest=1.0, own_rest=1.0)  # type: ignore[arg-type]
     assert row == {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None, "whole_dense_s": 1 + 2 * 14}
+
+
+def test_planning_counts_once_however_many_layers_there_are(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    """On a clock that counts a layer as a second, and planning as ten."""
+    passed, prefill, prepare = [0.0], ModelAdapter.prefill, Uniform.prepare
+
+    class Counted:
+        def __init__(self, device: Any) -> None:
+            pass
+
+        def __call__(self, call: Callable[[], Any]) -> float:
+            begin = passed[0]
+            call()
+            return passed[0] - begin
+
+    def count(seconds: Callable[[Any], int], stock: Any) -> Any:
+        def counted(self: Any, *args: Any) -> Any:
+            passed[0] += seconds(self)
+            return stock(self, *args)
+
+        return counted
+
+    monkeypatch.setattr(bench_model, "Clock", Counted)
+    monkeypatch.setattr(ModelAdapter, "prefill", count(lambda adapter: len(adapter.text.layers), prefill))
+    monkeypatch.setattr(Uniform, "prepare", count(lambda method: 10, prepare))
+    row = row_of(cli, "prefill", "--method", "uniform:ratio=0.25", *SMALL, "--layers", 2)
+    assert (row["dense_s"], row["method_s"], row["index_s"]) == (2, 12, 10)
+    assert (row["whole_dense_s"], row["whole_method_s"]) == (4, 14)
 
 
 def test_llava_has_its_own_tokens_a_frame(cli: Callable[..., Any]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from torch import Tensor
 from vlmbench.kernels.block_attention import (
     Plan,
     SlowPath,
+    attend,
     block_attention,
     blocks,
     flex,
+    forget,
     fused,
     is_fast,
     make_plan,
@@ -35,6 +38,8 @@ from vlmbench.kernels.block_attention import (
     tiles,
     varlen,
 )
+from vlmbench.methods.pevlm import Pevlm
+from vlmbench.trace import Trace
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -181,6 +186,38 @@ def test_strictness_turns_the_warning_into_an_error() -> None:
                 block_attention(q, k, v, SMALL)
 
 
+def test_what_is_refused_only_at_the_launch_is_marked_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(*args: Any, **options: Any) -> Tensor:
+        raise fused.Refused("No tiling fits this card.")
+
+    monkeypatch.setattr(fused, "refusal", lambda *tensors: None)
+    monkeypatch.setattr(fused, "block_attention", launch)
+    monkeypatch.setattr(fused, "no_kernel", lambda device: None)
+    q, k, v = (x.to("meta") for x in qkv(111, 4, 2, 16))
+    assert runs_fast(q, k, v)
+    with pytest.warns(SlowPath, match="No tiling fits"):
+        assert attend(q, k, v, SMALL).masked
+    given: dict[str, Any] = {}
+    trace = Trace(facts={"masked": False})
+    Pevlm().install(SimpleNamespace(attention=lambda fn: given.update(fn=fn)), trace)  # type: ignore[arg-type]
+    with pytest.warns(SlowPath, match="No tiling fits"):
+        given["fn"](None, q, k, v, None, block_plan=SMALL)
+    assert trace.facts["masked"]
+    assert not attend(*qkv(111, 4, 2, 16), SMALL).masked
+
+
+def test_what_is_made_from_a_plan_is_kept_until_it_is_forgotten() -> None:
+    made: list[Callable[[], Any]] = [
+        lambda: tiles.query_tiles(SMALL, 64, 2, CPU),
+        lambda: flex.block_mask(SMALL, CPU),
+        lambda: varlen._on((0, 3), CPU),
+    ]
+    first = [make() for make in made]
+    assert all(make() is one for make, one in zip(made, first, strict=True))
+    forget()
+    assert not any(make() is one for make, one in zip(made, first, strict=True))
+
+
 def test_each_refusal_is_a_sentence_with_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # past the question of the device; nothing is launched here
     q, k, v = qkv(111, 4, 2, 16)
@@ -210,6 +247,10 @@ def test_tensors_that_are_not_the_plans_are_refused(op: Any) -> None:
     q, k, v = qkv(111, 4, 2, 16)
     with pytest.raises(ValueError, match="for 111 tokens"):
         op.block_attention(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1], SMALL)
+    with pytest.raises(ValueError, match="for 111 tokens; q has 111, k has 111 and v has 110"):
+        op.block_attention(q, k, v[:, :, :-1], SMALL)
+    with pytest.raises(ValueError, match="k has 2 heads and v has 1"):
+        op.block_attention(q, k, v[:, :1], SMALL)
     with pytest.raises(ValueError, match="batch is 2"):
         op.block_attention(*(x.expand(2, -1, -1, -1) for x in (q, k, v)), SMALL)
     with pytest.raises(ValueError, match="no multiple"):

@@ -109,6 +109,7 @@ def test_nothing_within_the_limit_is_exit_1_with_the_nearest_and_no_file(
         (("--method", "uniform"), "uniform has nothing to fit; methods that have: pevlm"),
         (("--method", "pevlm:unit=token"), "pevlm is fitted in frames"),
         (("--suite", "synthvideo"), "name it as in synthvideo:length=32"),
+        (("--suite", "synthvideo", "--frames", "16"), "name it as in synthvideo:length=32"),
         (("--max-loss", "1"), "--max-loss must be at least 0 and below 1, not 1"),
         (("--steps", "0"), "--steps must be at least 1, not 0"),
         (("--out", "/nowhere/a.json"), "--out must be a file in a folder that is there, not '/nowhere/a.json'"),

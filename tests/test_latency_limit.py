@@ -94,7 +94,7 @@ def test_each_method_gets_its_own_count_and_an_ordinary_run_there(
         assert len(view.records.of("accuracy")) == 4
         assert not view.records.of("latency")
         assert view.header["status"] == "done"
-    (path,) = tmp_path.rglob("latency-limit-10s.json")
+    (path,) = tmp_path.rglob("latency-limit-10s-*.json")
     data = json.loads(path.read_text())
     jsonschema.validate(data, json.loads(SCHEMA.read_text()))
     rows = {row["method"]: row for row in data["rows"]}
@@ -151,11 +151,40 @@ def test_a_method_that_fails_misses_and_says_why(
     assert "meets the limit at no frame count (oom: no memory)" in done.out
 
 
+def test_a_video_that_fails_without_a_word_misses_too(
+    cli: Cli, tmp_path: Path, clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = Session.clips
+
+    def silent(self: Session, *args: Any, timed: bool = False, **options: Any) -> Any:
+        return None if timed else clips(self, *args, **options)
+
+    monkeypatch.setattr(Session, "clips", silent)
+    done = cli(*RUN, "--latency-limit", 10, "--out", tmp_path)
+    assert done.code == 0, done.err
+    assert "| `full` | meets the limit at no frame count (failed)" in done.out
+
+
+def test_what_distinguishes_two_commands_distinguishes_their_files(cli: Cli, tmp_path: Path, clock: Any) -> None:
+    others: tuple[Any, ...] = (
+        (),
+        ("--frames", 2),
+        ("--method", "star"),
+        ("--method", "pevlm"),
+        ("--method", "pevlm:block=4"),
+        ("--dtype", "bfloat16"),
+        ("--repeats", 1),
+    )
+    for number, options in enumerate((*others, others[0]), 1):
+        assert cli(*RUN, "--latency-limit", 1, "--limit", 1, *options, "--out", tmp_path).code == 0
+        assert len(list(tmp_path.rglob("latency-limit-1s-*.json"))) == min(number, len(others))
+
+
 def test_it_runs_on_a_real_clock_too(cli: Cli, tmp_path: Path) -> None:
     """With a limit that nothing misses; seconds themselves are asserted of no machine."""
     done = cli(*RUN, "--latency-limit", 1000, "--method", "pevlm:sink=1,block=4", "--frames", 16, "--out", tmp_path)
     assert done.code == 0
-    (path,) = tmp_path.rglob("latency-limit-1000s.json")
+    (path,) = tmp_path.rglob("latency-limit-1000s-*.json")
     data = json.loads(path.read_text())
     jsonschema.validate(data, json.loads(SCHEMA.read_text()))
     assert [row["frames"] for row in data["rows"]] == [16, 16]

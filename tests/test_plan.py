@@ -94,6 +94,7 @@ def test_it_says_whether_it_fits(cli: Callable[..., Any]) -> None:
         (("--tokens", "12"), "--tokens must be numbers"),
         (("--max-new-tokens", 0), "--max-new-tokens must be at least 1"),
         (("--dtype", "float8"), "--dtype must be one of"),
+        (("--dtype", "float32"), "must be bfloat16 or float16, whose matrix rates the cards publish, not float32"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(cli: Callable[..., Any], options: Any, says: str) -> None:

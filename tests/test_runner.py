@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vlmbench.kernels.block_attention import SlowPath, blocks
 from vlmbench.progress import Progress
 from vlmbench.record import Timing
 from vlmbench.request import RunRequest
@@ -75,6 +77,27 @@ def test_a_sample_that_failed_is_tried_again_and_counted(tmp_path: Path) -> None
 def test_strict_turns_a_failed_sample_into_exit_code_1(tmp_path: Path) -> None:
     asked = request(tmp_path, model="dummy:oom=0.5", mode="accuracy", strict=True)
     assert run(asked, Progress(terminal=False)) == 1
+
+
+@pytest.mark.parametrize("limit", [(), ("--latency-limit", 1000)], ids=["passes", "ladder"])
+@pytest.mark.parametrize(("strict", "code"), [((), 0), (("--strict",), 1)], ids=["", "strict"])
+def test_strict_accepts_no_masked_path(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: Any, strict: Any, code: int
+) -> None:
+    right = blocks.block_attention
+
+    def slow(*args: Any, **options: Any) -> Any:
+        warnings.warn("No kernel. The masked reference stands in, as slow as dense.", SlowPath, stacklevel=1)
+        return right(*args, **options)
+
+    monkeypatch.setattr(blocks, "block_attention", slow)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPath)
+        called = cli(
+            *("run", "--model", "mini-llava-ov@random", "--suite", SUITE, "--limit", 1, "--timed", 1, "--repeats", 1),
+            *("--method", "pevlm:sink=1,block=1", "--frames", 4, "--out", tmp_path, *limit, *strict),
+        )
+    assert called.code == code
 
 
 def test_timed_videos_go_round_the_lengths(tmp_path: Path) -> None:

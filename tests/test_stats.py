@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from vlmbench.stats import MIN_CLUSTERS, Estimate, _t, accuracy_interval, paired_delta, ratio_interval, wilson
+from vlmbench.stats import MIN_CLUSTERS, Estimate, accuracy_interval, paired_delta, ratio_interval, t_quantile, wilson
 
 scores = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=1, max_size=40)
 ratios = st.lists(st.floats(0.1, 10), min_size=MIN_CLUSTERS, max_size=40)
@@ -194,4 +194,6 @@ def test_a_ratio_covers_when_samples_share_a_video() -> None:
 
 def test_students_quantile_is_scipys() -> None:
     degrees = [*range(1, 60), 500, 4999]
-    assert [_t(each) for each in degrees] == pytest.approx([stdtrit(each, 0.975) for each in degrees], rel=1e-10)
+    assert [t_quantile(each) for each in degrees] == pytest.approx(
+        [stdtrit(each, 0.975) for each in degrees], rel=1e-10
+    )

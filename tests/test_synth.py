@@ -174,7 +174,7 @@ def test_every_type_is_asked_equally_often(length: int) -> None:
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_the_vocabulary_covers_every_word(name: str, split: Any) -> None:
     found = SUITES[name].samples(split)
-    words = {word for s in found for word in f"{SUITES[name].prompt(s)} {s.answer}".split()}
+    words = {word for s in found for word in f"{s.question} {s.answer}".split()}
     read = {word for s in found for caption in s.captions for word in caption.text.split()}
     assert bool(read) == name.startswith("synthmixed")
     assert words | read <= {*VOCABULARY, *(CAPTION_VOCABULARY if read else ())}

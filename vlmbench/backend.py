@@ -89,6 +89,27 @@ class Backend(ABC):
         fills the answer. `kernel` names another attention implementation for this call (the best dense one).
         """
 
+    def answer_together(
+        self,
+        method: Method,
+        samples: Sequence[Sample],
+        prompts: Sequence[str],
+        clips: Sequence[Clip],
+        *,
+        max_new_tokens: int,
+        kernel: str | None = None,
+    ) -> list[Outcome]:
+        """A latency pass of several questions on the same media, with an attached method that may reuse its prefix.
+
+        The first prompt is prefilled whole; of the next ones, only what stands behind the last visual token. A run that
+        failed is one outcome alone. The default reuses nothing.
+        """
+        options: dict[str, Any] = {"pass_": "latency", "max_new_tokens": max_new_tokens, "kernel": kernel}
+        return [
+            self.answer(method, sample, prompt, clips, **options)
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]
+
     def best_dense_kernel(self) -> str:
         """The attention implementation that is fastest for full attention here."""
         return self.identity.attention

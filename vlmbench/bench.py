@@ -160,7 +160,7 @@ def _attention(
         if best is None and not any("memory" in reason for reason in refused.values()):
             raise RunError("No dense attention kernel takes this shape here; choose another --dtype or --head-dim.")
         run = race(best, own, rounds, clock)
-        mark_masked(row, trace, device)  # what the kernel refused at its launch is known now
+        note_masked(row, trace)  # what the kernel refused at its launch is known now
         close_row(row, run, best, seconds, refused)
         if rivals and plan is not None and getattr(method, "plain", True):
             _, row["method_kernels_s"], row["method_refused"] = fastest(_rivals(q, k, v, plan, check, seed), clock)
@@ -212,21 +212,26 @@ def prepared(method: Method, prompt: Prompt, trace: Trace, clock: Clock) -> tupl
         nonlocal left
         left = method.prepare(prompt, trace)
 
-    return left, Side("prepare", prepare).seconds(clock)
+    seconds = Side("prepare", prepare).seconds(clock)
+    return left, seconds
 
 
 def mark_masked(row: dict[str, Any], trace: Trace, device: torch.device) -> None:
-    """Say that a mask stood in for a kernel. Raises `UsageError` where the mask alone would be too large."""
-    if not trace.facts.get("masked") or "masked" in row["marks"]:
-        return
+    """Before anything runs: a mask will stand in for a kernel. Raises `UsageError` where it alone would be too large."""
     tokens = row["tokens"]
-    if tokens**2 > MASK_LIMIT:
+    if trace.facts.get("masked") and tokens**2 > MASK_LIMIT:
         raise UsageError(
             f"{row['method']} has no kernel on {device.type} here (is triton installed?), and the mask that stands in for "
             f"it would take {tokens**2 / 2**30:.0f} GiB at {tokens} tokens; use fewer."
         )
-    row["marks"] = [*row["marks"], "masked"]
-    row["note"] = "no kernel for this device or shape: a dense call under a mask ran"
+    note_masked(row, trace)
+
+
+def note_masked(row: dict[str, Any], trace: Trace) -> None:
+    """Say once that a mask stood in for a kernel."""
+    if trace.facts.get("masked") and "masked" not in row["marks"]:
+        row["marks"] = [*row["marks"], "masked"]
+        add_note(row, "no kernel for this device or shape: a dense call under a mask ran")
 
 
 def close_row(

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -155,8 +157,9 @@ class _Watch:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **offline},
+            start_new_session=True,  # with a group of its own, in which the tests that it starts end with it
         )
-        timer = threading.Timer(max(0.0, self.deadline - time.monotonic()), process.kill)
+        timer = threading.Timer(max(0.0, self.deadline - time.monotonic()), _end_group, [process.pid])
         timer.start()
         began: list[str] = []
         try:
@@ -171,7 +174,7 @@ class _Watch:
             return process.wait(), began
         finally:
             timer.cancel()
-            process.kill()
+            _end_group(process.pid)
             process.wait()
 
     def _summary(self, workloads: list[Workload]) -> None:
@@ -190,6 +193,11 @@ class _Watch:
         print(line, flush=True)
         self.log.write(line + "\n")
         self.log.flush()
+
+
+def _end_group(leader: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 # -- the process that measures --------------------------------------------------------------------------------------------
@@ -295,4 +303,6 @@ def _machine(out: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
+    # A way out through `finally`: the worker is in a group of its own, which no shell's or timeout's signal reaches.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from vlmbench import cost
-from vlmbench.bench import add_shares, close_row, mark_masked, new_row, ran_out
+from vlmbench.bench import add_note, add_shares, close_row, mark_masked, new_row, note_masked, prepared, ran_out
 from vlmbench.cache import new_cache
 from vlmbench.dense import Flex, backends, label, only
 from vlmbench.errors import RunError, UsageError
+from vlmbench.kernels.block_attention import forget
 from vlmbench.layout import Prompt
 from vlmbench.madeup import Shape, after_clip, frames_per_unit, noise
 from vlmbench.patch import Patcher
@@ -124,18 +125,27 @@ class _Bench:
 
     def prefill(self, row: dict[str, Any]) -> None:
         (dense_prompt, own_prompt), trace = self._prompts()
-        prepared = self._prepared(row, own_prompt, trace)
+        less = self._prepared(row, own_prompt, trace)
         mark_masked(row, trace, self.device)
         dense = self._dense_sides(self._prefill, lambda _: dense_prompt, self.shape.tokens, flex=True)
-        own = self._own_side(self._prepare_and_prefill, lambda entered: (own_prompt, entered))
-        best = self._race(row, dense, own)
+        ran = trace
+
+        def ready(entered: Trace) -> tuple[Prompt, Trace]:
+            nonlocal ran
+            ran = entered
+            forget()  # a new prompt: what kernels make from its plan is inside the time, once for all layers
+            return own_prompt, entered
+
+        best, own = self._race(row, dense, self._own_side(self._prepare_and_prefill, ready))
+        if ran.facts.get("masked"):  # what the kernel refused at its launch is known now
+            trace.facts["masked"] = True
+        note_masked(row, trace)
         if best is not None and row["per_layer"]:
-            rests = [self._rest(best, prompt, self._prefill) for prompt in (dense_prompt, prepared)]
-            self._add_whole(row, *rests)
+            self._add_whole(row, self._rest(best), self._rest(own))
         shapes, size = self.adapter.shapes, self.dtype.itemsize
         plain = _full().work(dense_prompt, shapes, Trace())
-        work = self.method.work(prepared, shapes, trace)
-        if prepared.extras.get("block_plan") is not None:
+        work = self.method.work(less, shapes, trace)
+        if less.extras.get("block_plan") is not None:
             row["pairs_limit"] = sum(plain.pairs) / sum(work.pairs)
         add_shares(row, self.device, self.dtype, cost.prefill(plain, shapes, size), cost.prefill(work, shapes, size))
 
@@ -148,17 +158,14 @@ class _Bench:
 
         dense = self._dense_sides(self._decode, lambda _: filled(dense_prompt), self.shape.tokens)
         own = self._own_side(self._decode, lambda entered: filled(self.method.prepare(own_prompt, _fresh(entered))))
-        best = self._race(row, dense, own)
-        prepared = self._prepared(row, own_prompt, trace)
+        best, own = self._race(row, dense, own)
+        less = self._prepared(row, own_prompt, trace)
         if best is not None and row["per_layer"]:
-            rest = self._rest(best, dense_prompt, self._decode, filled)
-            self._add_whole(row, rest, rest)
+            self._add_whole(row, self._rest(best), self._rest(own))
         row["dense_tokens_per_s"], row["method_tokens_per_s"] = (
             self.steps / row[key] if row[key] else None for key in ("dense_s", "method_s")
         )
-        add_shares(
-            row, self.device, self.dtype, self._decode_cost(dense_prompt.length), self._decode_cost(prepared.length)
-        )
+        add_shares(row, self.device, self.dtype, self._decode_cost(dense_prompt.length), self._decode_cost(less.length))
 
     def vision(self, row: dict[str, Any]) -> None:
         from vlmbench.counted import vision_cost
@@ -213,7 +220,8 @@ class _Bench:
 
     def _race(
         self, row: dict[str, Any], dense: dict[str, Side], own: Side, inputs: list[Tensor] | None = None
-    ) -> Side | None:
+    ) -> tuple[Side | None, Side]:
+        """The fastest dense side, and the method's own as it ran against it."""
         clock = Clock(self.device)
         best, seconds, refused = fastest(dense, clock)
         if best is None and not any("memory" in reason for reason in refused.values()):
@@ -227,7 +235,7 @@ class _Bench:
             row["peak_bytes"] = peak_bytes(own, known, self.device)
         if best is not None and "dense" not in run.failed:
             row["dense_peak_bytes"] = peak_bytes(best, known, self.device)
-        return best
+        return best, own
 
     def _replaces_attention(self) -> bool:
         """A method that leaves attention alone runs under the best dense kernel too."""
@@ -246,24 +254,22 @@ class _Bench:
 
     def _prepared(self, row: dict[str, Any], prompt: Prompt, trace: Trace) -> Prompt:
         """The prompt as the method leaves it, its time in `index_s`."""
-        prepared = prompt
-
-        def prepare(_: Any) -> None:
-            nonlocal prepared
-            prepared = self.method.prepare(prompt, trace)
-
-        row["index_s"] = Side("prepare", prepare).seconds(Clock(self.device))
+        left, row["index_s"] = prepared(self.method, prompt, trace, Clock(self.device))
         if not trace.applied:
-            row["note"] = f"nothing to do: {trace.reason}"
-        return prepared
+            add_note(row, f"nothing to do: {trace.reason}")
+        return left
 
-    def _rest(self, best: Side, prompt: Prompt, call: Any, ready: Any = lambda prompt: prompt) -> float:
-        """Seconds of `call` without any layer: embedding, masks, norm and head."""
-        side = Side("rest", call, lambda _: ready(prompt), best.around)
-        clock = Clock(self.device)
-        with _without_layers(self.adapter):
-            side.seconds(clock)
-            return median(side.seconds(clock) for _ in range(REST_REPEATS))
+    def _rest(self, side: Side) -> float:
+        """Seconds of the same call without any layer: what the method plans, embedding, masks, norm and head."""
+
+        @contextmanager
+        def around() -> Iterator[Any]:
+            with side.around() as entered, _without_layers(self.adapter):  # attached while the layers are there
+                yield entered
+
+        rest, clock = replace(side, around=around), Clock(self.device)
+        rest.seconds(clock)
+        return median(rest.seconds(clock) for _ in range(REST_REPEATS))
 
     def _add_whole(self, row: dict[str, Any], dense_rest: float, own_rest: float) -> None:
         """Layers are alike: the whole model takes the rest once and the layers' time as often as it has layers."""

@@ -48,6 +48,13 @@ class KVLayer(DynamicLayer):
         self.keys, self.values = self._keys[..., :stop, :], self._values[..., :stop, :]
         return self.keys, self.values
 
+    def crop(self, max_length: int) -> None:
+        """Hold the first `max_length` tokens alone; the buffer keeps its size. Raises `ValueError` when it cannot."""
+        if self.evicted or not 0 <= max_length <= self.physical:
+            raise ValueError(f"cannot crop {self.physical} tokens held and {self.evicted} evicted to {max_length}")
+        self.physical = max_length
+        self.keys, self.values = self._keys[..., :max_length, :], self._values[..., :max_length, :]
+
     def get_seq_length(self, *args: Any) -> int:
         """Logical length: held and evicted."""
         return self.physical + self.evicted

@@ -60,6 +60,16 @@ class TableFormat(StrEnum):
     md = "md"
     csv = "csv"
     json = "json"
+    latex = "latex"
+
+
+class Layout(StrEnum):
+    efficiency = "efficiency"
+    image_retention = "image-retention"
+    video_retention = "video-retention"
+    latency_budget = "latency-budget"
+    models_as_bands = "models-as-bands"
+    scaling = "scaling"
 
 
 @app.callback(invoke_without_command=True)
@@ -95,6 +105,12 @@ def run(
     latency_limit: Annotated[
         float | None,
         typer.Option(metavar="SECONDS", help="Accuracy at the most frames that each method answers in that time."),
+    ] = None,
+    questions_per_video: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Time of K questions on one video, its keys and values kept where that is exact."
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
@@ -133,6 +149,7 @@ def run(
         repeats=repeats,
         timed=timed if timed is not None else DEMO_TIMED if demo else 8,
         latency_limit=latency_limit,
+        questions_per_video=questions_per_video,
         threads=threads,
         device=device,
         dtype=dtype,
@@ -155,7 +172,13 @@ def run(
 def fit(
     method: Annotated[str, typer.Option(metavar="SPEC", help="The method to fit.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The artefact to write.")],
-    suite: Annotated[str, typer.Option(metavar="SPEC", help="Its train split is used.")],
+    suite: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="Its train split is used. The shipped tiny models were trained on synthvideo's (seeds 0 to 199).",
+        ),
+    ],
     model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
     steps: Annotated[int | None, typer.Option(help="Settings to try at most. Default: all.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames a video. Default: the suite's own.")] = None,
@@ -218,9 +241,26 @@ def list_(
 @app.command()
 def table(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")],
-    format: Annotated[TableFormat, typer.Option(help="md for people, csv or json for programs.")] = TableFormat.md,
+    format: Annotated[
+        TableFormat, typer.Option(help="md for people, csv or json for programs, latex for papers.")
+    ] = TableFormat.md,
+    layout: Annotated[Layout | None, typer.Option(help="As papers print it. Default: one row a run.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="With --layout: a table for each value, such as model or frames."),
+    ] = None,
 ) -> int:
     """Print the comparison that a results folder holds."""
+    if layout is not None:
+        from vlmbench import laid_text, layouts
+
+        laid = layouts.tables(folder, layout, split)
+        writers = (laid_text.to_markdown, laid_text.to_csv, laid_text.to_json, laid_text.to_latex)
+        print(dict(zip(TableFormat, writers, strict=True))[format](laid).rstrip("\n"))
+        return 0
+    if split is not None or format is TableFormat.latex:
+        what = "--split" if split is not None else "--format latex"
+        raise UsageError(f"{what} needs a --layout; choose one of {', '.join(Layout)}.")
     from vlmbench import report
 
     rows = report.rows(folder)
@@ -230,11 +270,82 @@ def table(
 
 
 @app.command()
-def rescore(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")]) -> int:
+def gate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Results of one run of full attention and methods.")],
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Floors as --update-baseline wrote them.")
+    ] = None,
+    min_speedup: Annotated[
+        list[str] | None, typer.Option(metavar="A=X", help="Least speed-up of method A over full attention.")
+    ] = None,
+    max_accuracy_drop: Annotated[
+        list[str] | None, typer.Option(metavar="A=X", help="Most accuracy, 0 to 1, that A may lose against full.")
+    ] = None,
+    span: Annotated[
+        list[str] | None, typer.Option(help="vision, prefill, ttft, decode or e2e. Default: e2e. Repeatable.")
+    ] = None,
+    ratios_only: Annotated[
+        bool, typer.Option("--ratios-only", help="Compare with a baseline of another card, driver or torch.")
+    ] = False,
+    update_baseline: Annotated[
+        bool, typer.Option("--update-baseline", help="Write what this run reaches into --baseline.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="How far below the speed-up of now --update-baseline sets a floor.")
+    ] = 0.1,
+    format: Annotated[Listing, typer.Option(help="text is Markdown; json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Hold a run against floors: exit 0 when they are reached, 1 when one is missed, 3 when the data cannot tell."""
+    from vlmbench import gate as gates
+
+    judged, said = gates.gate(
+        folder,
+        baseline=baseline,
+        min_speedup=min_speedup or (),
+        max_accuracy_drop=max_accuracy_drop or (),
+        spans=tuple(span or ("e2e",)),
+        ratios_only=ratios_only,
+        update=update_baseline,
+        tolerance=tolerance,
+    )
+    writer = gates.to_json if format is Listing.json else gates.to_markdown
+    print(writer(judged, said).rstrip("\n"))
+    return gates.EXIT[gates.overall(judged)]
+
+
+@app.command()
+def rescore(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")],
+    data_root: Annotated[
+        Path | None, typer.Option(help="Where data sets lie now. Default: where the run found them.")
+    ] = None,
+) -> int:
     """Score stored answers again, with no model."""
     from vlmbench import report
 
-    print(report.rescore(folder))
+    print(report.rescore(folder, data_root))
+    return 0
+
+
+@app.command()
+def score(
+    suite: Annotated[str, typer.Option(metavar="SPEC", help="The suite that was answered.")],
+    text: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with an id and a text each.")],
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Score with the data that is there.")] = False,
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Score answers from a file, whichever program gave them, with no model."""
+    from vlmbench import score as scores
+    from vlmbench.session import make_suite
+
+    rows = scores.score(make_suite(suite).located(data_root, allow_partial=allow_partial), text)
+    if format is Listing.json:
+        _print_rows(rows)
+    else:
+        print(scores.to_text(rows))
     return 0
 
 
@@ -300,7 +411,7 @@ def plan(
     frame_tokens: Annotated[int, typer.Option(help="Tokens of each; a fixed-size tower has its own number.")] = 256,
     tokens: Annotated[str | None, typer.Option(metavar="N/N", help="Prompt lengths instead of --frames.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Answer tokens.")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:

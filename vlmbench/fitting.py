@@ -3,6 +3,9 @@
 What is chosen, and among which settings, is the method's own affair (`Method.search`); here is what any search needs: a
 prompt to count its cost on, full attention's answers, and how often a setting gives the same ones. Nothing is stored
 before the end, so that a command that was stopped leaves no half of an artefact.
+
+synthvideo's train split is the seeds 0 to 199, which the shipped tiny models were themselves trained on: fitted there, they
+answer questions that they have seen.
 """
 
 from __future__ import annotations
@@ -58,14 +61,14 @@ def fit(request: RunRequest, out: Path, *, max_loss: float, steps: int | None, p
 
 
 def _one_length(request: RunRequest) -> None:
-    """Refuse videos of several lengths: what is chosen for one would be judged on the others."""
+    """Refuse videos of several lengths: the first questions are all of one, and what is chosen for it is not for others."""
     suite = make_suite(request.suite)
     lengths = dict.fromkeys(sample.strata.get("length", "") for sample in suite.samples("train"))
-    if request.frames is None and suite.default_frames is None and len(lengths) > 1:
+    if len(lengths) > 1:
         known = list(lengths)
         raise UsageError(
             f"{request.suite} holds videos of {', '.join(known)} frames, and fit is for one length; name it as in "
-            f"{suite.name}:length={known[0]}, or give --frames."
+            f"{suite.name}:length={known[0]}."
         )
 
 
@@ -94,7 +97,8 @@ class Fitting:
             if clips is None:
                 raise RunError(f"The first train video cannot be used: {record.error}")
             adapter = backend.adapter
-            inputs = adapter.inputs(clips, self.session.suite.prompt(sample), sample.captions)
+            asked = self.session.asked(sample, clips)
+            inputs = adapter.inputs(clips, asked.question, asked.captions)
             self._prompt = adapter.splice(adapter.to_device(inputs), Features())
         return self._prompt
 

@@ -50,6 +50,11 @@ class Traits:
     masked: bool = False
     """True: computes the dense amount and masks; its time says nothing about the method. A method that does so only on
     some devices says ``trace.facts["masked"]`` instead."""
+    prefix_reusable: bool = False
+    """True: keys and values up to the last visual token do not depend on the text behind it, so the next question on the
+    same media may be prefilled behind them (`engine.generate_next`). Its tokens then pass what `install` put there as
+    generated tokens do, several at once and without ``vlmbench_layout``. A method that chooses by the question, or anew
+    for each sample, may not."""
     stages: frozenset[str] = frozenset()
     """Of {"frames", "vision", "prompt", "prefill", "decode"}: where it acts."""
 

@@ -57,7 +57,7 @@ def measure(model: str, length: int, tokens: int, rounds: int) -> dict[str, Any]
     suite.materialise(sample)
     with Decoder(default_decoder()) as decoder:
         clips = [decoder.read(m.path, kind=m.kind, frames=None, rule="endpoints") for m in sample.media]
-    question = suite.prompt(sample)
+    question = suite.asked(sample, [t for clip in clips for t in clip.times_s]).question
     ours: list[float] = []
     other: list[float] = []
     bare: list[float] = []

@@ -43,6 +43,8 @@ def plan(
         raise UsageError(f"{method.name} never calls the model, so there is nothing to plan.")
     if new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
+    if dtype == torch.float32:  # neither the full rate nor that of TF32 is among the cards' numbers
+        raise UsageError("--dtype must be bfloat16 or float16, whose matrix rates the cards publish, not float32.")
     found = find(card)
     adapter = counted.model_without_storage(config_of(model), dtype)
     method.check(adapter)

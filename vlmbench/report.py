@@ -18,7 +18,7 @@ from vlmbench.rescore import rescore
 from vlmbench.store import ResultStore, Run, RunView
 from vlmbench.tables import COLUMNS, SPANS, Rows, notes, to_csv, to_json, to_markdown
 
-__all__ = ["COLUMNS", "Rows", "rescore", "rows", "to_csv", "to_json", "to_markdown"]
+__all__ = ["COLUMNS", "Rows", "loaded_rows", "rescore", "rows", "to_csv", "to_json", "to_markdown"]
 
 REFERENCES = ("full", "blind", "prior")
 """Rows that say what a number means; they are not held against the trivial methods."""
@@ -46,13 +46,21 @@ def rows(source: Path | str | Sequence[RunView | Run], include_dummy: bool = Fal
 
     Runs of the stand-in `dummy` are left out unless a test asks for them. Raises `UsageError` when no run is stored.
     """
+    found = loaded_rows(source, include_dummy)
+    own = [row for _, row in found]
+    return Rows(own, notes([run.view for run, _ in found], own))
+
+
+def loaded_rows(
+    source: Path | str | Sequence[RunView | Run], include_dummy: bool = False
+) -> list[tuple[Loaded, dict[str, Any]]]:
+    """Every run with its row, see `rows`."""
     views = ResultStore(source).runs() if isinstance(source, (str, Path)) else source
     runs = [Loaded(view) for view in views if include_dummy or not view.header["facts"].get("stand_in")]
     groups: dict[str, list[Loaded]] = {}
     for run in sorted(runs, key=lambda run: run.order):
         groups.setdefault(run.group, []).append(run)
-    found = [_row(run, group) for group in groups.values() for run in group]
-    return Rows(found, notes([run.view for run in runs], found))
+    return [(run, _row(run, group)) for group in groups.values() for run in group]
 
 
 def _row(run: Loaded, group: Sequence[Loaded]) -> dict[str, Any]:
@@ -126,10 +134,10 @@ def _speedups(run: Loaded) -> dict[str, Any]:
     for span in SPANS:
         if span == "vision" and not (run.header["traits"] or {}).get("sees_vision", True):
             continue  # no frame is encoded: there is nothing that became faster
-        ratios = [(_ratio(each.baseline_rounds, each.rounds, span), each.cluster) for each in records]
+        ratios = [(paired_ratio(each.baseline_rounds, each.rounds, span), each.cluster) for each in records]
         known = [(ratio, cluster) for ratio, cluster in ratios if ratio is not None]
         _put(row, f"speedup_{span}", stats.ratio_interval([r for r, _ in known], [c for _, c in known]))
-        same = (_ratio(each.same_kernel_rounds or each.baseline_rounds, each.rounds, span) for each in records)
+        same = (paired_ratio(each.same_kernel_rounds or each.baseline_rounds, each.rounds, span) for each in records)
         row[f"speedup_{span}_same_kernel"] = median_of(ratio for ratio in same if ratio is not None)
     stages = (run.header["traits"] or {}).get("stages", ())
     touched = {name for stage in stages for name in _TOUCHED[stage]}
@@ -174,7 +182,7 @@ def _beaten_by(run: Loaded, other: Loaded) -> bool:
     return gap is not None and gap.high is not None and gap.high < 0
 
 
-def _ratio(dense: Sequence[Timing], own: Sequence[Timing], span: str) -> float | None:
+def paired_ratio(dense: Sequence[Timing], own: Sequence[Timing], span: str) -> float | None:
     """Rounds pair one to one; None when the span took no time in every round of one side."""
     seconds = ((_SPAN[span](a), _SPAN[span](b)) for a, b in zip(dense, own, strict=False))
     return median_of(a / b for a, b in seconds if a > 0 and b > 0)

@@ -35,6 +35,8 @@ class RunRequest:
     """Videos measured in latency and memory passes: time depends on the video, not on the question."""
     latency_limit: float | None = None
     """Seconds from the video file to the last token of the answer: see `latency_limit.py`."""
+    questions_per_video: int | None = None
+    """Questions that follow each other on one video, timed with and without reuse: see `questions_per_video.py`."""
     threads: int | None = None
     device: str | None = None
     dtype: str | None = None
@@ -73,6 +75,13 @@ class RunRequest:
                 raise UsageError(f"--latency-limit times and scores by itself; leave --mode {self.mode} out.")
             if self.fps is not None or self.sampler == "fps":
                 raise UsageError("--latency-limit chooses the number of frames; leave --fps out.")
+        if self.questions_per_video is not None:
+            if self.questions_per_video < 2:
+                raise UsageError(f"--questions-per-video must be at least 2, not {self.questions_per_video}.")
+            if self.latency_limit is not None:
+                raise UsageError("--questions-per-video and --latency-limit are two measurements; give one of them.")
+            if self.mode in ("accuracy", "memory"):
+                raise UsageError(f"--questions-per-video measures time alone; leave --mode {self.mode} out.")
         _one_of("mode", self.mode, MODES)
         _one_of("attention", self.attention, ATTENTION)
         if self.dtype is not None:

@@ -28,8 +28,11 @@ class Rescored(NamedTuple):
         return f"{self.checked} answers scored again, {self.changed} changed{gone}."
 
 
-def rescore(root: Path | str) -> Rescored:
-    """Every run at or below `root`. Raises `UsageError` when there is none, or one is being written."""
+def rescore(root: Path | str, data_root: Path | None = None) -> Rescored:
+    """Every run at or below `root`. Raises `UsageError` when there is none, or one is being written.
+
+    `data_root` is where data sets lie now, if not where the run found them.
+    """
     from vlmbench.registry import suites
 
     store, total = ResultStore(root), Rescored(0, 0, 0)
@@ -38,8 +41,12 @@ def rescore(root: Path | str) -> Rescored:
         params = {
             key: tuple(value) if isinstance(value, list) else value for key, value in spec["suite_params"].items()
         }
+        suite = suites.load(spec["suite"])(**params)
+        if suite.needs_data:
+            root = data_root or view.header["given"].get("data_root")
+            suite = suite.located(None if root is None else Path(root))
         with store.reopen(view) as run:
-            counts = rescore_run(run, suites.load(spec["suite"])(**params))
+            counts = rescore_run(run, suite)
         total = Rescored(*(a + b for a, b in zip(total, counts, strict=True)))
     return total
 

@@ -37,6 +37,10 @@ def run(request: RunRequest, progress: Progress) -> int:
             from vlmbench import latency_limit
 
             return latency_limit.run(request, progress)
+        if request.questions_per_video is not None:
+            from vlmbench import questions_per_video
+
+            return questions_per_video.run(request, progress)
         return _passes(request, progress)
 
 

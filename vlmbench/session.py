@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -60,12 +60,10 @@ class Session:
         self.request, self.progress = request, progress
         self._open = ExitStack()
         self._stored = stored
-        self.suite = make_suite(request.suite)
+        self.suite = make_suite(request.suite).located(
+            request.data_root, allow_partial=request.allow_partial, offline=request.offline
+        )
         self.sampler = request.sampler or self.suite.default_sampler
-        if request.data_root is not None or request.allow_partial:
-            raise UsageError(
-                f"--data-root and --allow-partial mean nothing for {self.suite.name}: it makes its own media."
-            )
         if self.sampler not in SAMPLERS:
             raise UsageError(f"--sampler must be one of {', '.join(SAMPLERS)}, not {self.sampler!r}.")
         chosen = make_methods(request.methods)
@@ -77,6 +75,7 @@ class Session:
             method.check_weights(self.backend.identity)
             method.fit(self.suite)
         self.frames = request.frames or self.suite.default_frames
+        self.fps = request.fps or self.suite.default_fps
         self.decoder_name = default_decoder()
         self.max_new_tokens = request.max_new_tokens or self.suite.max_new_tokens
         self.samples = limited(self.suite.samples(split), request.limit)
@@ -190,31 +189,61 @@ class Session:
         if self._last is None or self._last[0] != key or fresh:
             begin = time.perf_counter()
             clips = tuple(
-                self.decoder.read(media.path, kind=media.kind, frames=frames, rule=self.sampler, fps=self.request.fps)
+                self.decoder.read(media.path, kind=media.kind, frames=frames, rule=self.sampler, fps=self.fps)
                 for media in sample.media
             )
             self._last = (key, clips, time.perf_counter() - begin)
         return self._last[1], self._last[2]
 
+    def asked(self, sample: Sample, clips: Sequence[Clip]) -> Sample:
+        """The sample as it is put to a model that sees these clips."""
+        return self.suite.asked(sample, [time for clip in clips if clip.kind == "video" for time in clip.times_s])
+
     def ask(
         self, method: Method, sample: Sample, clips: Sequence[Clip], pass_: Pass, kernel: str | None = None
     ) -> Outcome:
-        try:
+        with self._faults() as failed:
+            asked = self.asked(sample, clips)
             return self.backend.answer(
                 method,
-                sample,
-                self.suite.prompt(sample),
+                asked,
+                asked.question,
                 clips,
                 pass_=pass_,
                 max_new_tokens=self.max_new_tokens,
                 kernel=kernel,
             )
+        return failed[0]
+
+    def ask_together(
+        self, method: Method, samples: Sequence[Sample], clips: Sequence[Clip], kernel: str | None = None
+    ) -> list[Outcome]:
+        """Several questions on the same media in a latency pass, the next ones behind the first one's prefix."""
+        with self._faults() as failed:
+            asked = [self.asked(sample, clips) for sample in samples]
+            return self.backend.answer_together(
+                method,
+                asked,
+                [sample.question for sample in asked],
+                clips,
+                max_new_tokens=self.max_new_tokens,
+                kernel=kernel,
+            )
+        return failed
+
+    @contextmanager
+    def _faults(self) -> Iterator[list[Outcome]]:
+        """A fault of one sample becomes its outcome, put on the list that is handed out."""
+        failed: list[Outcome] = []
+        try:
+            yield failed
         except (RunError, UsageError):
             raise
         except Exception as error:
             if self.request.debug:
                 raise
-            return Outcome(status="error", error=f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            failed.append(Outcome(status="error", error=said))
 
     def _answer_spec(self, method: Method) -> AnswerSpec:
         request, identity = self.request, self.backend.identity
@@ -230,7 +259,7 @@ class Session:
             prompt_style="suite",
             frames=self.frames,
             sampler=self.sampler,
-            fps=request.fps,
+            fps=self.fps,
             max_pixels=request.max_pixels,
             min_pixels=request.min_pixels,
             decoder=self.decoder_name if self.backend.needs_media else "none",
@@ -264,8 +293,7 @@ class Session:
             given,
             traits=method.traits,
             suite_hash=self.suite.data_hash,
-            frame_rule=f"{self.sampler}, {self.frames or 'all'} frames"
-            + (f", {request.fps:g} fps" if request.fps else ""),
+            frame_rule=f"{self.sampler}, {self.frames or 'all'} frames" + (f", {self.fps:g} fps" if self.fps else ""),
         )
         return {**header, "method_hash": digest}
 

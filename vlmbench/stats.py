@@ -47,7 +47,7 @@ def accuracy_interval(scores: Sequence[float], clusters: Sequence[Hashable]) -> 
     """Mean of scores in 0–1 with Wilson's interval at the effective number of samples; None without samples."""
     if not scores:
         return None
-    return _wilson(math.fsum(scores) / len(scores), _effective_n(scores, clusters))
+    return _wilson(math.fsum(scores) / len(scores), effective_n(scores, clusters))
 
 
 def paired_delta(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable]) -> Estimate | None:
@@ -62,7 +62,7 @@ def paired_delta(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hash
     differences = [x - y for x, y in zip(a, b, strict=True)]
     value = math.fsum(differences) / len(differences)
     square = math.fsum(each * each for each in differences) / len(differences)
-    n = _effective_n(differences, clusters)
+    n = effective_n(differences, clusters)
     centre = value * n / (n + 2)
     half = Z * math.sqrt(max((square * n + 2) / (n + 2) - centre * centre, 0.0) / (n + 2))
     return Estimate(value, max(-1.0, min(centre - half, value)), min(1.0, max(centre + half, value)))
@@ -94,7 +94,7 @@ def ratio_interval(ratios: Sequence[float], clusters: Sequence[Hashable], seed: 
         lower = np.argmax(2 * below >= size, axis=1)
         upper = np.argmax(2 * below > size, axis=1)
         medians.append((values[lower] + values[upper]) / 2)
-    tail = math.erfc(math.sqrt(n_clusters / (n_clusters - 1)) * _t(n_clusters - 1) / math.sqrt(2)) / 2
+    tail = math.erfc(math.sqrt(n_clusters / (n_clusters - 1)) * t_quantile(n_clusters - 1) / math.sqrt(2)) / 2
     low, high = np.quantile(np.concatenate(medians), [tail, 1 - tail])
     return Estimate(median, min(float(low), median), max(float(high), median))
 
@@ -107,7 +107,7 @@ def _codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     return np.array([names[name] for name in clusters], dtype=int), len(names)
 
 
-def _effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
+def effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
     """How many independent samples would be worth as much as these clustered ones.
 
     That is n over the design effect, corrected for few clusters as by Korn and Graubard (1998), and kept between 1/Σw²
@@ -126,12 +126,12 @@ def _effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float
     residuals = np.asarray(values) - math.fsum(values) / n
     variance = float((residuals**2).sum()) / n
     sums = np.bincount(index, weights=residuals)
-    clustered = n_clusters / (n_clusters - 1) * float((sums**2).sum()) / n**2 * (_t(n_clusters - 1) / Z) ** 2
+    clustered = n_clusters / (n_clusters - 1) * float((sums**2).sum()) / n**2 * (t_quantile(n_clusters - 1) / Z) ** 2
     return min(max(variance / clustered if clustered > 0 else float(n), floor), float(n))
 
 
 @lru_cache
-def _t(freedom: int) -> float:
+def t_quantile(freedom: int) -> float:
     """97.5 % quantile of Student's t, by halving. Without scipy, so that a benchmark runs where only torch is."""
     low, high = 0.0, 16.0  # 12.7 at one degree of freedom
     for _ in range(60):

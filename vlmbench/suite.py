@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+from vlmbench.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ class Suite(ABC):
     """Changes whenever a sample, a prompt or the scorer changes."""
     default_model: ClassVar[str]
     default_sampler: ClassVar[str] = "endpoints"
+    default_fps: ClassVar[float | None] = None
+    """Frames a second at most when the user names no rate."""
     max_new_tokens: ClassVar[int] = 16
+    needs_data: ClassVar[bool] = False
+    """True when its files must be given (``--data-root``); a suite that makes its own media takes none."""
 
     @property
     def default_frames(self) -> int | None:
@@ -72,6 +78,12 @@ class Suite(ABC):
     def data_hash(self) -> str:
         """A short hash of what the samples are made of; it goes into the header."""
         return ""
+
+    def located(self, root: Path | None, *, allow_partial: bool = False, offline: bool = False) -> Self:
+        """This suite with its data found and checked, before a model is loaded. Raises `UsageError`."""
+        if root is not None or allow_partial:
+            raise UsageError(f"--data-root and --allow-partial mean nothing for {self.name}: it makes its own media.")
+        return self
 
     @abstractmethod
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
@@ -84,9 +96,12 @@ class Suite(ABC):
         Raises `OSError` or `FileNotFoundError`, which become a `decode_error` record.
         """
 
-    def prompt(self, sample: Sample) -> str:
-        """The text that follows the media."""
-        return sample.question
+    def asked(self, sample: Sample, times_s: Sequence[float]) -> Sample:
+        """The sample as it is put to a model that sees a video's frames at these times (none: pictures, or no frame).
+
+        Its `question` is all of the text that follows the media, its `captions` what stands between the frames.
+        """
+        return sample
 
     @abstractmethod
     def score(self, sample: Sample, text: str) -> Score:

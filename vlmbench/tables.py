@@ -102,7 +102,8 @@ def _speedup(span: str) -> Callable[[Row], str]:
     return show
 
 
-def _method(row: Row) -> str:
+def method_text(row: Row) -> str:
+    """The method as one would type it, as code in a Markdown cell."""
     text = f"{row['method']}:{row['params']}" if row["params"] else str(row["method"])
     return "`" + text.replace("|", "\\|") + "`"
 
@@ -113,7 +114,7 @@ def _counted(row: Row) -> str:
 
 
 _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", _method),
+    ("method", method_text),
     ("device", lambda row: str(row["device"])),
     ("dtype", lambda row: str(row["dtype"])),
     ("attention", lambda row: str(row["attention_kernel"])),
@@ -138,7 +139,7 @@ _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
 _WHEN_DIFFERENT = ("device", "dtype", "attention")
 """The notes tell these; only where rows differ do they need a column."""
 
-_MARKS = {
+MARKS = {
     "cpu": "measured on a CPU: read ratios, not seconds",
     "below-trivial": "random, uniform or downsample with no more visual tokens is more accurate, beyond the error",
     "mixed": "videos of several lengths: frames, visual tokens and times are medians over them",
@@ -165,11 +166,11 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
     if any(row["flops"] for row in rows):
         said.append(f"FLOPs: {FORMULA}")
     used = {mark for row in rows for mark in row["marks"]}
-    said += [f"{mark}: {text}" for mark, text in _MARKS.items() if mark in used]
-    sessions = [(run.header, session) for run in runs for session in _wrote(run)]
-    said += dict.fromkeys(_setting(header, session) for header, session in sessions)
-    said += filter(None, [_timed(runs)])
-    said += dict.fromkeys(_versions(session) for _, session in sessions)
+    said += [f"{mark}: {text}" for mark, text in MARKS.items() if mark in used]
+    sessions = [(run.header, session) for run in runs for session in wrote(run)]
+    said += dict.fromkeys(setting_text(header, session) for header, session in sessions)
+    said += filter(None, [timed_text(runs)])
+    said += dict.fromkeys(versions_text(session) for _, session in sessions)
     for run in runs:
         if run.header["status"] != "done":
             said.append(f"{run.folder.name}: not complete ({run.header['status']})")
@@ -178,7 +179,7 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _timed(runs: Sequence[RunView | Run]) -> str:
+def timed_text(runs: Sequence[RunView | Run]) -> str:
     """On how many videos the times rest, and on how many rounds and tokens of each."""
     records = [record for run in runs for record in run.records.of("latency").values() if record.timing]
     if not records:
@@ -186,7 +187,7 @@ def _timed(runs: Sequence[RunView | Run]) -> str:
     videos = len({record.cluster for record in records})
     rounds = _range(len(record.rounds) for record in records)
     tokens = _range(1 + len(record.timing.decode_s) for record in records if record.timing)
-    warmup = _range(session["measure"]["warmup"] for run in runs for session in _wrote(run))
+    warmup = _range(session["measure"]["warmup"] for run in runs for session in wrote(run))
     return f"times: {videos} videos, {rounds} rounds after {warmup} of warm-up, {tokens} tokens decoded whatever the answer"
 
 
@@ -195,14 +196,14 @@ def _range(values: Iterable[int]) -> str:
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
-def _wrote(run: RunView | Run) -> list[Mapping[str, Any]]:
+def wrote(run: RunView | Run) -> list[Mapping[str, Any]]:
     """The sessions that a record is from; one that only looked at a finished run measured nothing."""
     sessions = run.header["sessions"]
     owners = {record.session for record in run.records.values()}
     return [session for session in sessions if session["id"] in owners] or sessions[-1:]
 
 
-def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
+def setting_text(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     spec, measure, device, kernels = header["spec"], session["measure"], session["device"], session["kernels"]
     driver = f", driver {session['driver']}" if session["driver"] else ""
     return (
@@ -213,7 +214,7 @@ def _setting(header: Mapping[str, Any], session: Mapping[str, Any]) -> str:
     )
 
 
-def _versions(session: Mapping[str, Any]) -> str:
+def versions_text(session: Mapping[str, Any]) -> str:
     commit = f" at {session['commit'][:10]}{' with changes' if session['dirty'] else ''}" if session["commit"] else ""
     shown = ("python", "torch", "transformers", "triton")
     others = "".join(f", {name} {session['versions'][name]}" for name in shown if name in session["versions"])

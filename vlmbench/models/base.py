@@ -141,6 +141,18 @@ class ModelAdapter(ABC):
         With captions the only clip becomes several short ones, in the prompt as in the layout, with the text between them.
         Raises `ValueError` when captions come with anything but one video, or a clip has no frame.
         """
+        text, clips = self._written(clips, question, captions)
+        videos = [clip for clip in clips if clip.kind == "video"]
+        pictures = [clip.frames[0] for clip in clips if clip.kind == "image"]
+        options: dict[str, Any] = {}
+        if videos:
+            options |= self.video_options(videos)
+        if pictures:
+            options |= {"images": [torch.from_numpy(p).permute(2, 0, 1) for p in pictures]}
+        return self.process(text, options)
+
+    def _written(self, clips: Sequence[Clip], question: str, captions: Sequence[Caption]) -> tuple[str, Sequence[Clip]]:
+        """(the prompt's text with one placeholder a medium, the media in its order)."""
         for clip in clips:
             if not len(clip.frames):
                 raise ValueError(f"{clip.path.name} has no frame left after sampling; ask for more frames.")
@@ -150,15 +162,19 @@ class ModelAdapter(ABC):
             clips = [part for part in parts if not isinstance(part, str)]
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.kind} for p in parts]
         messages = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        videos = [clip for clip in clips if clip.kind == "video"]
-        pictures = [clip.frames[0] for clip in clips if clip.kind == "image"]
-        options: dict[str, Any] = {}
-        if videos:
-            options |= self.video_options(videos)
-        if pictures:
-            options |= {"images": [torch.from_numpy(p).permute(2, 0, 1) for p in pictures]}
-        return self.process(text, options)
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), clips
+
+    def text_ids(
+        self, clips: Sequence[Clip], question: str, captions: Sequence[Caption] = ()
+    ) -> tuple[list[int], list[int]]:
+        """Token ids (up to and with the last medium's one placeholder, behind it), without touching any pixel.
+
+        Those behind it are the last ones of `inputs`: placeholders are special tokens, across which nothing is merged.
+        """
+        ids = self.processor.tokenizer(self._written(clips, question, captions)[0])["input_ids"]
+        media = (self.config.image_token_id, self.config.video_token_id)
+        behind = max((index + 1 for index, token in enumerate(ids) if token in media), default=0)
+        return ids[:behind], ids[behind:]
 
     def process(self, text: str, options: dict[str, Any]) -> Inputs:
         """One call of the processor."""
@@ -214,9 +230,16 @@ class ModelAdapter(ABC):
 
     def decode(self, token: Tensor, position: int, cache: Cache) -> Tensor:
         """Run one token, int64 ``[1, 1]``, at `position` on every axis; logits ``[1, V]``."""
+        return self.extend(self.model.get_input_embeddings()(token), self.decode_positions(position), cache)
+
+    def extend(self, embeds: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Run text tokens ``[1, n, C]`` behind what the cache holds; the last one's logits ``[1, V]``.
+
+        `positions` are ``[1, n]``, or ``[3, 1, n]`` for M-RoPE.
+        """
         hidden = self.text(
-            inputs_embeds=self.model.get_input_embeddings()(token),
-            position_ids=self.decode_positions(position),
+            inputs_embeds=embeds,
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state

@@ -37,7 +37,7 @@ def probe(adapter: ModelAdapter, n: int, progress: Progress) -> dict[str, Any]:
             suite.materialise(sample)
             (media,) = sample.media
             clip = decoder.read(media.path, kind=media.kind, frames=None, rule=suite.default_sampler)
-            inside = probes.look(adapter, clip, suite.prompt(sample))
+            inside = probes.look(adapter, clip, suite.asked(sample, clip.times_s).question)
             layout = inside.layout
             scene = make_scene(sample.extra["seed"], PROBE_FRAMES)
             needle = probes.needle_units(probes.events_of(sample, scene), clip, len(layout.units))

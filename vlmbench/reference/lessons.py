@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from vlmbench.reference.build import HIDDEN, TOKENS_PER_UNIT, Model
 from vlmbench.reference.data import IMAGE, Library, Pool
-from vlmbench.reference.hints import HintHeads, order_targets, remark_targets
+from vlmbench.reference.hints import DEPTH, OrderHeads, RemarkHeads, order_targets, remark_targets
 from vlmbench.reference.prompts import IGNORED, Batch, image_prefix, make_batch, video_prefix
 from vlmbench.reference.recipes import Phase, type_weights
 from vlmbench.suites._synth.captions import EVERY, captions, make_remarks, mixed_questions
@@ -138,11 +138,18 @@ def _spread(features: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return spread.index_copy(1, slots.nonzero().flatten(), features)
 
 
-def language_step(
-    model: Model, order: HintHeads, remark: HintHeads, lesson: Lesson, phase: Phase
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss on the answers, and with the phase's weights on what `order` and `remark` ask."""
-    hints = phase.hints
+@dataclass(frozen=True)
+class Hints:
+    """What is asked half-way up besides the questions."""
+
+    order: OrderHeads
+    remark: RemarkHeads
+    words: tuple[torch.Tensor, ...]
+    """Token ids of REMARK_WORDS."""
+
+
+def language_step(model: Model, hints: Hints, lesson: Lesson, phase: Phase) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss on the answers, and with the phase's weights on the hints."""
     batch = lesson.batch
     want = batch.labels[:, 1:]
     want = want[want != IGNORED]
@@ -151,11 +158,12 @@ def language_step(
     each = F.cross_entropy(logits, want, reduction="none")
     loss = (each * batch.answer_weights(type_weights(phase.focus))).mean()
     seen = {"answers": each.mean().item(), "tokens": float((logits.argmax(-1) == want).float().mean())}
-    half_way = hidden[HintHeads.DEPTH]
-    if lesson.order is not None and hints[0]:
-        asked = order(half_way[:, batch.visual], lesson.order)
-        loss, seen["order"] = loss + hints[0] * asked, asked.item()
-    if lesson.remarks is not None and hints[1]:
-        asked = remark(half_way, lesson.remarks)
-        loss, seen["remark"] = loss + hints[1] * asked, asked.item()
+    order, remark = phase.hints
+    if lesson.order is not None and order:
+        asked = hints.order(hidden[DEPTH][:, batch.visual], lesson.order)
+        loss, seen["order"] = loss + order * asked, asked.item()
+    if lesson.remarks is not None and remark:
+        embeddings = model.get_input_embeddings().weight
+        asked = hints.remark(hidden[DEPTH], lesson.remarks, tuple(embeddings[ids] for ids in hints.words))
+        loss, seen["remark"] = loss + remark * asked, asked.item()
     return loss, seen

@@ -122,12 +122,19 @@ RECIPES: dict[str, Recipe] = {
                 horizon=1000,
             ),
             Stage(
-                "length",
-                1800,
+                "focus",
+                900,
                 1.5e-3,
+                (Phase(0.5, ("6", "8", "12", "4+text", "8+text", "12+text"), 18, _LLAVA_SPANS, (0.2, 0.1), 3.0),),
+                horizon=1800,
+            ),
+            Stage(
+                "length",
+                700,
+                8e-4,
                 (
-                    Phase(0.5, ("6", "8", "12", "4+text", "8+text", "12+text"), 18, _LLAVA_SPANS, (0.2, 0.1), 3.0),
-                    Phase(0.8, ("8", "12", "16", "32", IMAGE, "8+text", "16+text"), 20, _LLAVA_SPANS, (0.2, 0.1), 3.0),
+                    Phase(0.4, ("8", "12", "8+text", "12+text", "16"), 20, _LLAVA_SPANS, (0.2, 0.3), 3.0),
+                    Phase(0.7, ("8", "16", "32", IMAGE, "8+text", "16+text"), 20, _LLAVA_SPANS, (0.1, 0.2), 3.0),
                     Phase(
                         1,
                         ("8", "16", "32", "64", "128", IMAGE, "8+text", "16+text", "32+text", "64+text"),

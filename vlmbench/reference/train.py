@@ -38,8 +38,8 @@ from vlmbench.reference.build import QWEN, TOKENS_PER_UNIT, Model, make_model, m
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, make_pool
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
-from vlmbench.reference.hints import ORDER_SIZES, REMARK_SIZES, HintHeads
-from vlmbench.reference.lessons import Lesson, Source, language_step
+from vlmbench.reference.hints import REMARK_WORDS, OrderHeads, RemarkHeads
+from vlmbench.reference.lessons import Hints, Lesson, Source, language_step
 from vlmbench.reference.recipes import RECIPES, Recipe, Stage
 from vlmbench.reference.vision import Look, VisionHeads, look_at, settle, vision_parameters, vision_step
 from vlmbench.reference.words import VOCABULARY
@@ -67,8 +67,9 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids([*COLOURS, *SHAPES, *PLACES]))
         self.heads = VisionHeads(taught_by.get_input_embeddings().weight[words]).to(device)
-        self.order_heads = HintHeads(ORDER_SIZES).to(device)
-        self.remark_heads = HintHeads(REMARK_SIZES).to(device)
+        self.order_heads = OrderHeads().to(device)
+        ids = (self.tokenizer.convert_tokens_to_ids(list(words)) for words in REMARK_WORDS)
+        self.hints = Hints(self.order_heads, RemarkHeads(), tuple(torch.tensor(each, device=device) for each in ids))
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.optimizer_states: list[dict[str, Any]] = []
         self.curves: list[dict[str, Any]] = []
@@ -151,7 +152,7 @@ class Trainer:
             matrices = [p for n, p in language.items() if p.dim() == 2 and "embed" not in n]
             chosen = {id(p) for p in matrices}
             groups = [p for p in language.values() if id(p) not in chosen]
-            groups += [*self.order_heads.parameters(), *self.remark_heads.parameters()]
+            groups += self.order_heads.parameters()
         others_lr = lr if seeing else lr / 2
         options: dict[str, Any] = {"lr": others_lr, "betas": (0.9, 0.98), "weight_decay": 0.01}
         found: list[torch.optim.Optimizer] = [torch.optim.AdamW([{"params": groups, "peak": others_lr}], **options)]
@@ -190,8 +191,7 @@ class Trainer:
     def _loss(self, stage: Stage, material: Look | Lesson) -> tuple[torch.Tensor, dict[str, float]]:
         if isinstance(material, Look):
             return vision_step(self.model, self.heads, material)
-        phase = stage.phase_at(self.step)
-        return language_step(self.model, self.order_heads, self.remark_heads, material.to(self.device), phase)
+        return language_step(self.model, self.hints, material.to(self.device), stage.phase_at(self.step))
 
     @property
     def source(self) -> Source:
@@ -284,7 +284,6 @@ class Trainer:
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "order_heads": self.order_heads.state_dict(),
-            "remark_heads": self.remark_heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "curves": self.curves,
         }
@@ -304,7 +303,6 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.order_heads.load_state_dict(state["order_heads"])
-        self.remark_heads.load_state_dict(state["remark_heads"])
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.optimizer_states, self.curves = state["optimizers"], state["curves"]
 

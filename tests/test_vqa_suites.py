@@ -1,0 +1,587 @@
+"""VQA v2, GQA, TextVQA and ScienceQA: official scorers, and the same questions from every layout of the official files."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from vlmbench.errors import UsageError
+from vlmbench.session import make_suite
+from vlmbench.store import ResultStore
+from vlmbench.suite import Sample
+from vlmbench.suites._official.base import OfficialSuite
+from vlmbench.suites._official.vqa import exact, normalise, vqa_accuracy, vqa_score
+
+Cli = Callable[..., Any]
+SHORT = "\nAnswer the question using a single word or phrase."
+DIRECTLY = "Answer with the option's letter from the given choices directly."
+
+# The scorers.
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("Two dogs.", "2 dogs"), ("The cat", "cat"), ("an  apple\n", "apple"), ("none", "0"), ("ten", "10"),
+        ("red/blue", "red blue"), ("red / blue", "red blue"), ("red, blue", "red blue"), ("red,blue", "red blue"),
+        ("1,000", "1000"), ("3.5", "3.5"), ("a.m.", "am"), ("well-known", "well known"), ("yes!", "yes"),
+        ("dont", "don't"), ("hed've", "he'd've"), ("it's", "it's"), ("ill", "ill"), ("Yes\tit is", "yes it is"),
+        ("somebodyd", "somebody'd"), ("The", ""),
+    ],
+)  # fmt: skip
+def test_an_answer_is_normalised_as_by_the_official_script(text: str, left: str) -> None:
+    assert normalise(text) == left
+
+
+def test_textvqa_takes_words_apart_first() -> None:
+    assert normalise("Bob's bar", tokenise=True) == "bob 's bar"
+    assert normalise("red,blue?", tokenise=True) == "redblue"
+    assert vqa_score("Bobs bar", ["bob's bar"] * 10, tokenise=True)[0] == 0
+
+
+@pytest.mark.parametrize(("same", "accuracy"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_three_of_ten_annotators_give_nine_tenths(same: int, accuracy: float) -> None:
+    answers = ["yes"] * same + [f"other {i}" for i in range(10 - same)]
+    assert vqa_accuracy("yes", answers) == pytest.approx(accuracy)
+
+
+@given(st.lists(st.sampled_from(["yes", "no", "2", "red"]), min_size=10, max_size=10), st.randoms())
+def test_accuracy_is_the_mean_over_the_sets_that_leave_one_out(answers: list[str], random: Any) -> None:
+    expected = [min(1, sum(a == "yes" for a in answers[:i] + answers[i + 1 :]) / 3) for i in range(10)]
+    assert vqa_accuracy("yes", answers) == pytest.approx(sum(expected) / 10)
+    turned = random.sample(answers, 10)
+    assert vqa_accuracy("yes", turned) == pytest.approx(vqa_accuracy("yes", answers))
+
+
+words = st.text(st.characters(codec="ascii", categories=["Ll"]), min_size=2, max_size=8)
+
+
+@given(st.lists(words, min_size=1, max_size=4), st.booleans())
+def test_case_articles_blanks_and_a_full_stop_never_matter(parts: list[str], tokenise: bool) -> None:
+    plain = normalise(" ".join(parts), tokenise=tokenise)
+    for text in (" ".join(parts).upper(), "the " + "  ".join(parts), " ".join(parts) + ".", f"\n{' a '.join(parts)}\t"):
+        assert normalise(text, tokenise=tokenise) == plain
+
+
+@given(st.text(max_size=40), st.booleans())
+def test_any_text_is_scored_between_0_and_1_and_nothing_left_is_unread(text: str, tokenise: bool) -> None:
+    score, read = vqa_score(text, ["yes"] * 10, tokenise=tokenise)
+    assert 0 <= score <= 1
+    assert (read is None) == (normalise(text, tokenise=tokenise) == "")
+    assert vqa_score(text, [text] * 10, tokenise=tokenise)[0] == float(read is not None)
+
+
+def test_exact_match_ignores_case_and_punctuation_and_nothing_else() -> None:
+    assert exact(" T-Shirt. ") == exact("tshirt")
+    assert exact("yes, it is") != exact("yes")
+
+
+# The files.
+
+
+def png(number: int) -> bytes:
+    frame = np.random.default_rng(number).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def picture(number: int | None) -> dict[str, Any] | None:
+    """As `datasets` writes one."""
+    return None if number is None else {"bytes": png(number), "path": f"{number}.png"}
+
+
+PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], pictures: list[int | None] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    if pictures is not None:
+        table = table.append_column("image", pa.array([picture(number) for number in pictures], PICTURE))
+    pq.write_table(table, path, row_group_size=2)
+
+
+def write_file(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def answers_of(*texts: str) -> list[dict[str, Any]]:
+    every = (list(texts) * 10)[:10]
+    return [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(every)]
+
+
+VQA = [
+    {
+        "question_type": kind,
+        "multiple_choice_answer": answer,
+        "answers": answers_of(answer),
+        "image_id": 42 + number // 2,
+        "answer_type": group,
+        "question_id": 42_000 + number,
+        "question": question,
+    }
+    for number, (kind, answer, group, question) in enumerate(
+        [
+            ("is the", "yes", "yes/no", "Is the cat asleep?"),
+            ("how many", "2", "number", "How many cats are there?"),
+            ("what color", "black", "other", "What color is it?"),
+            ("is the", "no", "yes/no", "Is the dog asleep?"),
+        ]
+    )
+]
+TEXT = [
+    {
+        "image_id": f"{number // 2:016x}",
+        "question_id": 34_602 + number,
+        "question": f"what does Sign {number} say?",
+        "question_tokens": ["what"],
+        "image_width": 56,
+        "image_height": 56,
+        "flickr_original_url": "",
+        "flickr_300k_url": "",
+        "answers": ["stop"] * 6 + ["Stop sign", "stop.", "halt", "go"],
+        "image_classes": ["Sign"],
+        "set_name": "val",
+        "ocr_tokens": ["STOP", str(number)],
+    }
+    for number in range(4)
+]
+SCENES = [
+    {
+        "id": f"2020{number}",
+        "imageId": f"n{number // 2}",
+        "question": question,
+        "answer": answer,
+        "fullAnswer": f"It is {answer}.",
+        "isBalanced": True,
+        "types": {"detailed": "x", "semantic": meaning, "structural": structure},
+    }
+    for number, (question, answer, structure, meaning) in enumerate(
+        [
+            ("Is it overcast?", "no", "verify", "attr"),
+            ("Who is wearing the dress?", "woman", "query", "rel"),
+            ("Is it indoors or outdoors?", "outdoors", "choose", "global"),
+            ("Are there both cats and dogs?", "yes", "logical", "obj"),
+        ]
+    )
+]
+SCHOOL = [
+    {
+        "question": f"Which is number {number}?",
+        "choices": ["ash", "bee", "cat"][: 2 + number % 2],
+        "answer": number % 2,
+        "hint": "" if number % 2 else "Look closely.",
+        "task": "closed choice",
+        "grade": f"grade{2 + 3 * number}",
+        "subject": ("natural science", "social science", "language science")[number % 3],
+        "topic": "biology",
+        "category": "c",
+        "skill": "s",
+        "lecture": "l",
+        "solution": "s",
+    }
+    for number in range(4)
+]
+PICTURED: list[int | None] = [0, 1, None, None]
+N_ROWS = 4
+
+
+def write_vqav2(folder: Path, layout: str) -> None:
+    numbers: list[int | None] = [int(str(row["image_id"])) for row in VQA]
+    if layout == "json":
+        asked = [{key: row[key] for key in ("image_id", "question", "question_id")} for row in VQA]
+        rest = [{key: value for key, value in row.items() if key != "question"} for row in reversed(VQA)]
+        write_file(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
+        write_file(folder / "v2_mscoco_val2014_annotations.json", {"annotations": rest[::-1]})
+        for number in numbers:
+            write_file(folder / "val2014" / f"COCO_val2014_{number:012d}.jpg", png(number or 0))
+        return
+    name = {"parquet": "validation/{}.parquet", "hub": "data/validation-{}.parquet"}[layout]
+    for shard in range(2):
+        write_rows(folder / name.format(shard), VQA[2 * shard :][:2], numbers[2 * shard :][:2])
+
+
+def write_textvqa(folder: Path, layout: str) -> None:
+    numbers: list[int | None] = [int(str(row["image_id"]), 16) for row in TEXT]
+    if layout == "json":
+        rows = [{key: value for key, value in row.items() if key != "ocr_tokens"} for row in TEXT]
+        write_file(folder / "TextVQA_0.5.1_val.json", {"data": rows})
+        words = [{"image_id": row["image_id"], "ocr_tokens": row["ocr_tokens"]} for row in TEXT]
+        write_file(folder / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": words})
+        for number in numbers:
+            write_file(folder / "train_images" / f"{number:016x}.jpg", png(number or 0))
+        return
+    name = {"parquet": "validation/a.parquet", "hub": "data/validation-00000-of-00001.parquet"}[layout]
+    write_rows(folder / name, TEXT, numbers)
+
+
+def write_gqa(folder: Path, layout: str) -> None:
+    if layout in ("json", "zip"):
+        path = folder / ("questions1.2" if layout == "zip" else ".") / "testdev_balanced_questions.json"
+        write_file(path, {str(row["id"]): {k: v for k, v in row.items() if k != "id"} for row in SCENES})
+        for number in range(2):
+            write_file(folder / "images" / f"n{number}.jpg", png(number))
+        return
+    names = {
+        "parquet": ("instructions.parquet", "images.parquet"),
+        "hub": ("testdev_balanced_instructions/a.parquet", "testdev_balanced_images/a.parquet"),
+    }[layout]
+    write_rows(folder / names[0], SCENES)
+    write_rows(folder / names[1], [{"id": "n1"}, {"id": "n9"}, {"id": "n0"}], [1, 9, 0])
+
+
+def write_scienceqa(folder: Path, layout: str) -> None:
+    if layout == "json":
+        problems: dict[str, Any] = {}
+        for number, (row, shown) in enumerate(zip(SCHOOL, PICTURED, strict=True)):
+            problems[str(11 + number)] = row | {"image": None if shown is None else "image.png", "split": "test"}
+            if shown is not None:
+                write_file(folder / "images" / "test" / str(11 + number) / "image.png", png(shown))
+        write_file(folder / "problems.json", problems | {"1": SCHOOL[0] | {"split": "train"}})
+        write_file(folder / "pid_splits.json", {"train": ["1"], "test": ["11", "12", "13", "14"]})
+        return
+    name = {"parquet": "test.parquet", "full": "ScienceQA-FULL/test-00000-of-00001.parquet"}[layout]
+    write_rows(folder / name, SCHOOL, PICTURED)
+
+
+WRITERS: dict[str, tuple[Callable[[Path, str], None], tuple[str, ...]]] = {
+    "vqav2": (write_vqav2, ("parquet", "hub", "json")),
+    "textvqa": (write_textvqa, ("parquet", "hub", "json")),
+    "gqa": (write_gqa, ("parquet", "hub", "json", "zip")),
+    "scienceqa": (write_scienceqa, ("parquet", "full", "json")),
+}
+LAYOUTS = [(name, layout) for name, (_, layouts) in WRITERS.items() for layout in layouts]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four questions each are the whole data set."""
+    for name in WRITERS:
+        monkeypatch.setattr(type(make_suite(name)), "n_rows", N_ROWS)
+    monkeypatch.setattr("vlmbench.suites.scienceqa.N_PICTURED", 2)
+
+
+def made(tmp_path: Path, name: str, layout: str) -> Path:
+    WRITERS[name][0](tmp_path / "data" / name, layout)
+    return tmp_path / "data"
+
+
+def suite(text: str, root: Path, **options: Any) -> OfficialSuite:
+    found = make_suite(text).located(root, **options)
+    assert isinstance(found, OfficialSuite)
+    return found
+
+
+def told(sample: Sample) -> tuple[Any, ...]:
+    """All of a sample that no layout may change."""
+    return sample.cluster, sample.question, sample.answer, sample.template, sample.strata
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_every_layout_gives_the_same_questions_and_pictures(tmp_path: Path, name: str, layout: str) -> None:
+    first = suite(name, made(tmp_path, name, "parquet"))
+    found = suite(name, made(tmp_path / "other", name, layout))
+    if name == "scienceqa" and layout == "json":
+        assert [sample.id for sample in found.samples()] == ["11", "12", "13", "14"]
+        assert [told(s)[1:] for s in found.samples()] == [told(s)[1:] for s in first.samples()]
+    else:
+        assert [sample.id for sample in found.samples()] == [sample.id for sample in first.samples()]
+        assert [told(sample) for sample in found.samples()] == [told(sample) for sample in first.samples()]
+    for one, other in zip(first.samples(), found.samples(), strict=True):
+        first.materialise(one)
+        found.materialise(other)
+        assert [m.path.read_bytes() for m in one.media] == [m.path.read_bytes() for m in other.media]
+    assert len(found.data_hash) == 8
+
+
+def test_each_picture_is_the_questions_own(tmp_path: Path) -> None:
+    numbers = {"vqav2": [42, 42, 43, 43], "textvqa": [0, 0, 1, 1], "gqa": [0, 0, 1, 1], "scienceqa": [0, 1]}
+    for name, expected in numbers.items():
+        found = suite(name, made(tmp_path, name, "parquet"))
+        for sample in found.samples():
+            found.materialise(sample)
+        read = [media.path.read_bytes() for sample in found.samples() for media in sample.media]
+        assert read == [png(number) for number in expected]
+
+
+def test_rows_of_other_files_never_get_the_pictures_of_these(tmp_path: Path) -> None:
+    found = suite("textvqa", made(tmp_path, "textvqa", "parquet"))
+    write_rows(tmp_path / "b" / "textvqa" / "validation" / "a.parquet", TEXT, [7, 7, 70_000, 70_000])
+    other = suite("textvqa", tmp_path / "b")
+    for each in (found, other):
+        each.materialise(each.samples()[0])
+    assert other.samples()[0].media[0].path.read_bytes() == png(7)
+
+
+def test_break_downs_are_those_of_the_papers(tmp_path: Path) -> None:
+    def strata(name: str, number: int) -> dict[str, str]:
+        return dict(suite(name, made(tmp_path, name, "parquet")).samples()[number].strata)
+
+    assert strata("vqav2", 1) == {"answer_type": "number", "question_type": "how many"}
+    assert strata("gqa", 0) == {"kind": "binary", "structural": "verify", "semantic": "attr"}
+    assert strata("gqa", 1)["kind"] == "open"
+    assert strata("scienceqa", 0) == {"subject": "NAT", "TXT": "yes", "IMG": "yes", "NO": "no", "grade": "G1-6"}
+    assert strata("scienceqa", 3) == {"subject": "NAT", "TXT": "no", "IMG": "no", "NO": "yes", "grade": "G7-12"}
+    assert [s.answer for s in suite("vqav2:type=yes/no", tmp_path / "data").samples()] == ["yes", "no"]
+    with pytest.raises(UsageError, match="vqav2:type must be one of yes/no, number, other, not 'maybe'"):
+        make_suite("vqav2:type=maybe")
+
+
+@pytest.mark.parametrize(
+    ("spec", "number", "text"),
+    [
+        ("vqav2", 0, "Is the cat asleep?" + SHORT),
+        ("vqav2:prompt=vlmevalkit", 0, "Is the cat asleep?" + SHORT),
+        ("gqa:prompt=lmms-eval", 1, "Who is wearing the dress?" + SHORT),
+        ("textvqa", 0, "what does Sign 0 say?" + SHORT),
+        ("textvqa:ocr=on", 1, "what does Sign 1 say?\nReference OCR token: STOP, 1" + SHORT),
+        ("textvqa:prompt=lmms-eval", 0, "What does sign 0 say?" + SHORT),
+        ("scienceqa", 0, f"Context: Look closely.\nWhich is number 0?\nA. ash\nB. bee\n{DIRECTLY}"),
+        ("scienceqa:prompt=lmms-eval", 1, f"Which is number 1?\nA. ash\nB. bee\nC. cat\n{DIRECTLY}"),
+        (
+            "scienceqa:prompt=vlmevalkit",
+            0,
+            "Hint: Look closely.\nQuestion: Which is number 0?\nOptions:\nA. ash\nB. bee\n"
+            "Please select the correct answer from the options above. \n",
+        ),
+    ],
+)
+def test_the_prompts(tmp_path: Path, spec: str, number: int, text: str) -> None:
+    name = spec.partition(":")[0]
+    layout = "json" if name == "textvqa" else "parquet"
+    found = suite(spec, made(tmp_path, name, layout))
+    assert found.asked(found.samples()[number], ()).question == text
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "text", "score", "read"),
+    [
+        ("vqav2", 0, "Yes.", 1.0, "yes"),
+        ("vqav2", 1, "two", 1.0, "2"),
+        ("vqav2", 1, "", 0.0, None),
+        ("textvqa", 0, "STOP", 1.0, "stop"),
+        ("textvqa", 0, "stop sign", 0.3, "stop sign"),
+        ("gqa", 1, "Woman.", 1.0, "woman"),
+        ("gqa", 1, "a woman", 0.0, "a woman"),
+        ("gqa", 1, "?", 0.0, None),
+        ("scienceqa", 1, "The answer is B.", 1.0, "B"),
+        ("scienceqa", 0, "C", 0.0, None),
+        ("scienceqa", 0, "bee", 0.0, "B"),
+        ("scienceqa", 0, "Because y", 0.0, None),
+    ],
+)
+def test_scores(tmp_path: Path, name: str, number: int, text: str, score: float, read: str | None) -> None:
+    found = suite(name, made(tmp_path, name, "parquet"))
+    value, prediction = found.score(found.samples()[number], text)
+    assert (value, prediction) == (pytest.approx(score), read)
+
+
+def test_questions_with_pictures_alone(tmp_path: Path) -> None:
+    root = made(tmp_path, "scienceqa", "parquet")
+    pictured = suite("scienceqa:subset=img", root)
+    assert [sample.id for sample in pictured.samples()] == ["row-0", "row-1"]
+    for sample in pictured.samples():
+        pictured.materialise(sample)
+    assert [s.media[0].path.read_bytes() for s in pictured.samples()] == [png(0), png(1)]
+    write_rows(root / "scienceqa" / "test.parquet", SCHOOL[:2], [0, 1])
+    with pytest.raises(UsageError, match="holds the questions with pictures alone; write scienceqa:subset=img"):
+        suite("scienceqa", root)
+
+
+# What is missing or wrong.
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_missing_is_one_sentence_and_exit_2(cli: Cli, tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").mkdir()
+    done = cli("run", "--suite", name, "--model", "dummy", "--data-root", tmp_path / "data", "--out", tmp_path / "runs")
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
+    assert f"{tmp_path / 'data' / name} holds none of {name}'s files" in done.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("name", "layout"), [pair for pair in LAYOUTS if pair[1] == "json"])
+def test_missing_pictures_are_counted_and_left_out_of_partial_data(tmp_path: Path, name: str, layout: str) -> None:
+    root = made(tmp_path, name, layout)
+    pictures = sorted(path for kind in ("*.jpg", "*.png") for path in root.rglob(kind))
+    pictures[0].unlink()
+    with pytest.raises(UsageError, match=rf"1 of 2 files of {name} are missing in .*--allow-partial"):
+        suite(name, root)
+    left = suite(name, root, allow_partial=True).samples()
+    assert len(left) == (3 if name == "scienceqa" else 2)
+
+
+def test_a_picture_table_without_a_picture_that_is_asked_about_is_refused(tmp_path: Path) -> None:
+    root = made(tmp_path, "gqa", "parquet")
+    write_rows(root / "gqa" / "images.parquet", [{"id": "n0"}], [0])
+    with pytest.raises(UsageError, match=r"images\.parquet lacks the pictures of 2 questions"):
+        suite("gqa", root)
+    found = suite("gqa", root, allow_partial=True)
+    assert [sample.cluster for sample in found.samples()] == ["n0", "n0"]
+    found.materialise(found.samples()[1])
+    (root / "gqa" / "images.parquet").unlink()
+    with pytest.raises(UsageError, match=r"holds no pictures \(images\.parquet, "):
+        suite("gqa", root)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "change", "said"),
+    [
+        ("vqav2", VQA, {"answer_type": "maybe"}, "has the answer_type 'maybe'"),
+        ("vqav2", VQA, {"answers": []}, "has no answers to 42000; only validation can be scored"),
+        ("textvqa", TEXT, {"answers": []}, "has no answers to 34602"),
+        ("textvqa", TEXT, {"question_id": 34_603}, "holds a question twice"),
+        ("scienceqa", SCHOOL, {"answer": 2}, "has the answer '2', not one of 0, 1"),
+        ("scienceqa", SCHOOL, {"subject": "art"}, "has the subject 'art'"),
+    ],
+)
+def test_a_row_that_cannot_be_right_is_refused(
+    tmp_path: Path, name: str, rows: list[dict[str, Any]], change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / name / ("test.parquet" if name == "scienceqa" else "validation/a.parquet")
+    write_rows(path, [rows[0] | change, *rows[1:]], [0, 0, 1, 1])
+    with pytest.raises(UsageError, match=said):
+        suite(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_other_columns_and_another_number_of_rows_are_refused(tmp_path: Path, name: str) -> None:
+    root = made(tmp_path, name, "parquet")
+    path = next(path for path in root.rglob("*.parquet") if "image" not in path.stem)
+    kept = pq.read_table(path)
+    pq.write_table(kept.rename_columns(["asked" if n == "question" else n for n in kept.column_names]), path)
+    with pytest.raises(UsageError, match=r"row \d has no question"):
+        suite(name, root)
+    pq.write_table(kept.slice(0, 1), path)
+    with pytest.raises(UsageError, match=rf"rows where {name} has 4; .*--allow-partial"):
+        suite(name, root)
+    assert len(suite(name, root, allow_partial=True).samples()) < N_ROWS
+
+
+def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
+    root = made(tmp_path, "scienceqa", "json")
+    (root / "scienceqa" / "pid_splits.json").write_text("{")
+    with pytest.raises(UsageError, match=r"pid_splits\.json cannot be read .*fetch it again"):
+        suite("scienceqa", root)
+
+
+# The hub, which no test may reach: its package is stood in for.
+
+
+class HubRows:
+    """What the suites use of a `datasets.Dataset`."""
+
+    def __init__(self, table: Any) -> None:
+        self.data = table
+        self.column_names = table.column_names
+
+    def cast_column(self, name: str, kind: Any) -> HubRows:
+        assert (name, kind) == ("image", "undecoded")
+        return self
+
+    def remove_columns(self, name: str) -> HubRows:
+        return HubRows(self.data.drop_columns([name]))
+
+    def to_list(self) -> Any:
+        return self.data.to_pylist()
+
+    def __getitem__(self, row: int) -> Any:
+        return self.data.slice(row, 1).to_pylist()[0]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Only the older names of data sets are there; the list is what was asked for."""
+    asked: list[tuple[Any, ...]] = []
+    files = {
+        ("lmms-lab/textvqa", None): "textvqa/validation/a.parquet",
+        ("lmms-lab/GQA", "testdev_balanced_instructions"): "gqa/instructions.parquet",
+        ("lmms-lab/GQA", "testdev_balanced_images"): "gqa/images.parquet",
+        ("lmms-lab/ScienceQA", "ScienceQA-FULL"): "scienceqa/test.parquet",
+    }
+    for name in ("textvqa", "gqa", "scienceqa"):
+        made(tmp_path, name, "parquet")
+
+    def load_dataset(name: str, config: str | None, *, split: str, revision: str) -> HubRows:
+        asked.append((name, config, split, revision))
+        if (name, config) not in files:
+            raise FileNotFoundError(f"no data set {name}")
+        return HubRows(pq.read_table(tmp_path / "data" / files[name, config]))
+
+    stand_in = SimpleNamespace(load_dataset=load_dataset, Image=lambda *, decode: "decoded" if decode else "undecoded")
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["textvqa", "gqa", "scienceqa"])
+def test_the_hub_gives_the_same_at_the_commit_that_is_named(tmp_path: Path, hub: list[Any], name: str) -> None:
+    local = suite(name, tmp_path / "data")
+    found = make_suite(f"{name}:revision=abc123").located(None)
+    assert [told(sample) for sample in found.samples()] == [told(sample) for sample in local.samples()]
+    assert {revision for *_, revision in hub} == {"abc123"}
+    assert hub[0][0].startswith("lmms-lab-encoder/")  # the present name first
+    for one, other in zip(local.samples(), found.samples(), strict=True):
+        local.materialise(one)
+        found.materialise(other)
+        assert [m.path.read_bytes() for m in one.media] == [m.path.read_bytes() for m in other.media]
+
+
+def test_what_the_hub_refuses_is_a_sentence_and_offline_does_not_ask(tmp_path: Path, hub: list[Any]) -> None:
+    with pytest.raises(
+        UsageError, match=r"The hub gives no rows at revision 'abc' \(lmms-lab-encoder/VQAv2: no data set"
+    ):
+        make_suite("vqav2:revision=abc").located(None)
+    hub.clear()
+    with pytest.raises(UsageError, match="vqav2 needs --data-root"):
+        make_suite("vqav2:revision=abc").located(None, offline=True)
+    assert hub == []
+
+
+# The whole command.
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_whole_command_with_the_stand_in(cli: Cli, tmp_path: Path, name: str) -> None:
+    root = made(tmp_path, name, "parquet")
+    args = ["--suite", name, "--data-root", root, "--model", "dummy:accuracy=1", "--out", tmp_path / "runs", "--strict"]
+    done = cli("run", *args)
+    assert done.code == 0, done.err
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    records = view.records.of("accuracy")
+    assert [record.score for record in records.values()] == [1.0] * N_ROWS
+    again = cli("rescore", tmp_path / "runs")
+    assert (again.code, again.out.strip()) == (0, "4 answers scored again, 0 changed.")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"id": r.id, "text": r.raw_text}) for r in records.values()))
+    scored = cli("score", "--suite", name, "--data-root", root, "--text", texts, "--format", "json")
+    assert json.loads(scored.out)["rows"][0]["accuracy"] == 1.0, scored.err
+    root.rename(tmp_path / "moved")
+    assert cli("rescore", tmp_path / "runs").code == 2
+    assert cli("rescore", tmp_path / "runs", "--data-root", tmp_path / "moved").code == 0
+
+
+def test_the_whole_command_with_a_model_also_without_a_picture(cli: Cli, tmp_path: Path) -> None:
+    root = made(tmp_path, "scienceqa", "parquet")
+    args = ["--suite", "scienceqa", "--data-root", root, "--model", "mini-qwen2-vl@random", "--mode", "accuracy"]
+    done = cli("run", *args, "--max-new-tokens", 2, "--out", tmp_path / "runs", "--strict")
+    assert done.code == 0, done.err
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    records = view.records.of("accuracy")
+    assert [records[f"row-{number}"].size for number in range(4)] == [(56, 56), (56, 56), None, None]
+    visual = {id_: record.tokens["visual"] for id_, record in records.items()}
+    assert [bool(visual[f"row-{number}"]) for number in range(4)] == [True, True, False, False]

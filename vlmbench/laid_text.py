@@ -1,0 +1,178 @@
+"""How a laid out table is written: Markdown, CSV, JSON and LaTeX, with the same figures in all four."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from vlmbench.laid_out import Cell, Column, Line, Table
+from vlmbench.record import SCHEMA
+from vlmbench.tables import method_text
+
+PREAMBLE = r"% needs \usepackage{booktabs,multirow} and \usepackage[table]{xcolor}"
+
+
+def to_markdown(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        rows = [["method", *(_head(column) for column in table.columns)], ["---", *["---:"] * len(table.columns)]]
+        for band in table.bands:
+            if band.title:
+                rows.append([f"**{_plain(band.title)}**", *[""] * len(table.columns)])
+            for line in band.lines:
+                name = method_text({"method": line.method, "params": line.params})
+                rows.append([name + _marks(line), *(_markdown_cell(line, column) for column in table.columns)])
+        title = f"**{_plain(table.title)}**" + (f" ({_plain(table.split)})" if table.split else "")
+        parts += [title, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+        parts.append("\n".join(f"- {note}" for note in table.notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_cell(line: Line, column: Column) -> str:
+    text = column.shown(line.cells[column.key])
+    if column.key in line.best:
+        return f"**{text}**"
+    return f"<u>{text}</u>" if column.key in line.second else text
+
+
+def _head(column: Column) -> str:
+    return _plain(f"{column.group}, {column.head}" if column.group else column.head)
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _marks(line: Line) -> str:
+    return f" ({', '.join(line.marks)})" if line.marks else ""
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """One line a method, unscaled and unrounded; what ran out of memory is OOM, and what is not known is empty."""
+    rows = _rows(tables)
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("best", "second", "oom")))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({**row, "marks": " ".join(row["marks"]), **dict.fromkeys(row["oom"], "OOM")})
+    return out.getvalue()
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """``{"schema": 1, "layout", "columns", "notes", "rows"}``, see docs/schema/layout.schema.json."""
+    columns: dict[str, dict[str, Any]] = {}
+    for table in tables:
+        for each in table.columns:
+            columns[each.key] = {"key": each.key, "head": each.head, "group": each.group, "scale": each.scale}
+    data = {
+        "schema": SCHEMA,
+        "layout": tables[0].layout,
+        "columns": list(columns.values()),
+        "notes": list(dict.fromkeys(note for table in tables for note in table.notes)),
+        "rows": _rows(tables),
+    }
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rows(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    with_interval = {
+        column.key
+        for table in tables
+        for column in table.columns
+        if any(line.cells[column.key].low is not None for band in table.bands for line in band.lines)
+    }
+    found = []
+    for table in tables:
+        for band in table.bands:
+            for line in band.lines:
+                row: dict[str, Any] = {"table": table.title, "split": table.split, "band": band.title}
+                row |= {"method": line.method, "params": line.params, "trained": line.trained, "marks": [*line.marks]}
+                for column in table.columns:
+                    cell = line.cells[column.key]
+                    row[column.key] = cell.value
+                    if column.key in with_interval:
+                        row |= {f"{column.key}_low": cell.low, f"{column.key}_high": cell.high}
+                shown = [column.key for column in table.columns if line.cells[column.key].oom]
+                found.append(row | {"best": line.best, "second": line.second, "oom": shown})
+    return found
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "↓": r"$\downarrow$",
+    "≤": r"$\leq$",
+    "±": r"$\pm$",
+    "—": "---",
+    "…": r"\dots{}",
+}
+
+
+def escape(text: str) -> str:
+    """Text that LaTeX prints as it is; control characters are dropped."""
+    return "".join(_LATEX.get(char, char) for char in text if char.isprintable())
+
+
+def to_latex(tables: Sequence[Table]) -> str:
+    """A ``table`` float for each, with booktabs rules, and the notes below the rules."""
+    return PREAMBLE + "\n" + "\n".join(_latex(table) for table in tables)
+
+
+def _latex(table: Table) -> str:
+    columns = table.columns
+    title = escape(table.title) + (f" ({escape(table.split)})" if table.split else "")
+    lines = [r"\begin{table}", r"\centering", r"\small", f"\\caption{{{title}.}}"]
+    lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", *_latex_head(columns), r"\midrule"]
+    for number, band in enumerate(table.bands):
+        if number:
+            lines.append(r"\midrule")
+        if band.title:
+            width = len(columns) + 1
+            lines.append(f"\\rowcolor{{gray!15}}\\multicolumn{{{width}}}{{c}}{{{escape(band.title)}}} \\\\")
+        for line in band.lines:
+            name = escape(f"{line.method}:{line.params}" if line.params else line.method) + escape(_marks(line))
+            lines.append(" & ".join([name, *(_latex_cell(line, column) for column in columns)]) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip"]
+    notes = " ".join(f"{escape(note)}." for note in table.notes)
+    lines += [f"\\begin{{minipage}}{{\\linewidth}}\\footnotesize {notes}\\end{{minipage}}", r"\end{table}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_head(columns: Sequence[Column]) -> list[str]:
+    """One line, or two where columns share a heading; those without one then span both."""
+    if not any(column.group for column in columns):
+        return [" & ".join(["Method", *(escape(column.head) for column in columns)]) + r" \\"]
+    above, below, rules = [r"\multirow{2}{*}{Method}"], [""], []
+    start = 2
+    for group, own in groupby(columns, key=lambda column: column.group):
+        members = list(own)
+        if group:
+            above.append(f"\\multicolumn{{{len(members)}}}{{c}}{{{escape(group)}}}")
+            below += [escape(column.head) for column in members]
+            rules.append(f"\\cmidrule(lr){{{start}-{start + len(members) - 1}}}")
+        else:
+            above += [f"\\multirow{{2}}{{*}}{{{escape(column.head)}}}" for column in members]
+            below += [""] * len(members)
+        start += len(members)
+    return [" & ".join(above) + r" \\", "".join(rules), " & ".join(below) + r" \\"]
+
+
+def _latex_cell(line: Line, column: Column) -> str:
+    cell: Cell = line.cells[column.key]
+    text = escape(column.shown(cell))
+    if column.key in line.best:
+        return f"\\textbf{{{text}}}"
+    return f"\\underline{{{text}}}" if column.key in line.second else text
