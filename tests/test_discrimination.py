@@ -36,9 +36,9 @@ def test_methods_that_throw_information_away_lose(model: str, tmp_path: Path) ->
 
 
 def test_a_loss_that_is_not_there_is_seen(tmp_path: Path) -> None:
-    """A method that keeps every token loses nothing, and the table says that the loss it was to show is missing."""
-    harmless = Loss("uniform:ratio=1", 0.2, lengths=(32,))
+    """A method that keeps nine tokens in ten loses little, and the table says that the loss it was to show is missing."""
+    harmless = Loss("uniform:ratio=0.9", 0.2, lengths=(32,))
     measure(LLAVA, harmless, 32, tmp_path, limit=22)
     (row,) = rows(tmp_path, [LLAVA], [harmless])
+    assert row["loss"] < 0.2
     assert not row["holds"]
-    assert row["loss"] == 0

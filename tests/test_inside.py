@@ -249,6 +249,6 @@ def test_a_second_measurement_answers_no_question_again(written: Path, monkeypat
     asked: list[Any] = []
     monkeypatch.setattr(TorchBackend, "answer", lambda *args, **kwargs: asked.append(args))
     with Progress() as progress:
-        records = inside._answered("mini-llava-ov@random", "synthvideo", written / "runs", 3, progress, [])
+        records = inside._answered("mini-llava-ov@random", "synthvideo:length=8", written / "runs", 3, progress, [])
     assert not asked
     assert [each.status in FINISHED for each in records] == [True] * 3

@@ -8,7 +8,7 @@ Runs what is not in `--runs` yet, writes the table as JSON and Markdown, and exi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,26 +75,35 @@ def rows(runs: Path, models: Sequence[str], losses: Sequence[Loss] = LOSSES) -> 
     from vlmbench.stats import accuracy_interval, paired_delta
     from vlmbench.store import ResultStore
 
-    found: dict[tuple[Any, ...], Loaded] = {}
-    for run in map(Loaded, ResultStore(runs).runs()):
-        stored, video = run.spec, run.spec["suite_params"]
-        if stored["suite"] != "synthvideo" or video.get("type") or video.get("depth") is not None:
-            continue
-        params = json.dumps(stored["method_params"], sort_keys=True)
-        key = (stored["model"], video["length"], stored["frames"], run.method, params)
-        if key in found:
+    found = [
+        run
+        for run in map(Loaded, ResultStore(runs).runs())
+        if run.spec["suite"] == "synthvideo" and not {"type", "depth"} & _given(run.spec["suite_params"])
+    ]
+
+    def one(model: str, length: int, frames: int | None, method: str) -> Loaded:
+        spec = parse(method)
+        params = params_of(build(methods.load(spec.name), spec, "Method")).items()
+        here = [
+            run
+            for run in found
+            if (run.spec["model"], run.method, run.spec["frames"]) == (model, spec.name, frames)
+            and run.spec["suite_params"]["length"] == length
+            and params <= run.spec["method_params"].items()  # what a method was fitted to stands there as well
+        ]
+        if len(here) != 1:
             raise UsageError(
-                f"{runs} holds {run.method} on {run.suite} twice, of other weights or settings; give an empty folder."
+                f"{runs} holds {len(here)} runs of {method} by {model} at {length} frames, of other weights or settings "
+                f"when several; give an empty folder."
             )
-        found[key] = run
+        return here[0]
+
     table = []
     for model in models:
         for loss in losses:
-            spec = parse(loss.method)
-            params = json.dumps(params_of(build(methods.load(spec.name), spec, "Method")), sort_keys=True)
             for length in loss.lengths:
-                full = found[model, length, None, "full", "{}"]
-                less = found[model, length, loss.frames, spec.name, params]
+                full = one(model, length, None, "full")
+                less = one(model, length, loss.frames, loss.method)
                 asked = [
                     id_
                     for id_, record in full.accuracy.items()
@@ -122,6 +131,10 @@ def rows(runs: Path, models: Sequence[str], losses: Sequence[Loss] = LOSSES) -> 
                     }
                 )
     return table
+
+
+def _given(params: Mapping[str, Any]) -> set[str]:
+    return {key for key, value in params.items() if value is not None}
 
 
 def to_markdown(table: Sequence[dict[str, Any]]) -> str:
