@@ -142,7 +142,7 @@ class Trainer:
             self._note({"stage": stage.name, "step": self.step, "validation": self.validate()})
 
     def _optimizers(self, seeing: bool, lr: float) -> list[torch.optim.Optimizer]:
-        """AdamW; on the matrices of the language side Muon, with which it learns look-ups in a third of the steps."""
+        """AdamW; on the matrices of the language side Muon: in a trial its loss after 150 steps was AdamW's after 250."""
         vision = [*vision_parameters(self.model), *self.heads.parameters()]
         if seeing:
             groups, matrices = vision, []
