@@ -1,8 +1,7 @@
-"""The suite tells methods apart: whatever throws information away loses, here in a small form and in the committed table."""
+"""The suite tells methods apart: whatever throws information away loses (here on short videos, in a small form)."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +9,7 @@ import pytest
 
 from vlmbench.reference import SHIPPED
 from vlmbench.reference.build import LLAVA
-from vlmbench.reference.discrimination import LENGTHS, LOSSES, MODELS, Loss, measure, rows, to_markdown
-
-COMMITTED = Path(__file__).parents[1] / "results" / "cpu" / "discrimination.json"
-
-
-@pytest.mark.skipif(not COMMITTED.exists(), reason="not measured yet")
-def test_the_committed_table_holds_for_both_models_at_all_lengths() -> None:
-    table = json.loads(COMMITTED.read_text())["rows"]
-    assert {(row["model"], row["length"]) for row in table} == {(m, length) for m in MODELS for length in LENGTHS}
-    for row in table:
-        assert row["holds"] == (row["loss"] >= row["least"] and row["loss_low"] > 0)
-        assert row["holds"], row
-    assert COMMITTED.with_suffix(".md").read_text() == to_markdown(table)
+from vlmbench.reference.discrimination import LOSSES, Loss, measure, rows, to_markdown
 
 
 @pytest.mark.parametrize("model", sorted(SHIPPED))
@@ -31,8 +18,11 @@ def test_methods_that_throw_information_away_lose(model: str, tmp_path: Path) ->
     short = [replace(loss, lengths=(32,)) for loss in LOSSES if 32 in loss.lengths]
     for loss in short:
         measure(model, loss, 32, tmp_path, limit=66)
-    for row in rows(tmp_path, [model], short):
+    table = rows(tmp_path, [model], short)
+    for row in table:
+        assert row["holds"] == (row["loss"] >= row["least"] and row["loss_low"] > 0)
         assert row["holds"], row
+    assert to_markdown(table).count("| holds |") == len(short)
 
 
 def test_a_loss_that_is_not_there_is_seen(tmp_path: Path) -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from vlmbench import header, stats
-from vlmbench.errors import RunError, UsageError
-from vlmbench.files import write_json
+from vlmbench import aside, header, stats
+from vlmbench.errors import UsageError
 from vlmbench.loaded import Loaded, texts
 from vlmbench.record import FINISHED, SCHEMA
 from vlmbench.runner import Runner, accuracy, interleaved
@@ -226,34 +225,15 @@ def _rows(climbs: Sequence[Climb]) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, session: Session, climbs: Sequence[Climb], native: int) -> None:
-    identity, request = session.backend.identity, session.request
     data = {
         "schema": SCHEMA,
         "rows": _rows(climbs),
         "limit_s": climbs[0].limit_s,
         "span": "video_s + e2e_s",
         "steps": ladder(native),
-        "model": identity.model,
-        "weights_hash": identity.weights_hash,
-        "suite": request.suite,
-        "suite_version": session.suite.version,
-        "sampler": session.sampler,
-        "warmup": request.warmup,
-        "repeats": request.repeats,
-        "max_new_tokens": session.max_new_tokens,
-        "threads": int(identity.facts.get("threads", 0)),
-        "device": {"type": identity.device_type, "name": identity.device_name, "dtype": identity.dtype,
-                   "cpu": header.cpu_name(), "cores": header.cores()},
-        "kernels": {"attention": identity.attention_kernel, "vision": identity.vision_attention_kernel},
-        "versions": header.versions(),
-        **header.source(),
-        "created": header.now(),
-    }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+        **aside.conditions(session),
+    }
+    aside.write(path, data)
 
 
 def to_text(session: Session, climbs: Sequence[Climb], native: int) -> str:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from vlmbench import header, stats
-from vlmbench.errors import RunError, UsageError
-from vlmbench.files import write_json
+from vlmbench import aside, header, stats
+from vlmbench.errors import UsageError
 from vlmbench.loaded import INACTIVE_LIMIT, texts
 from vlmbench.record import SCHEMA
 from vlmbench.session import Session, make_methods
@@ -247,7 +246,7 @@ def _marks(session: Session, method: Method, outcomes: Sequence[Outcome]) -> lis
 
 def _write(session: Session, methods: Sequence[Method], rows: Sequence[Mapping[str, Any]], k: int) -> None:
     """Beside the runs; what can change an answer or its seconds is in the name's hash, so no command overwrites another's."""
-    identity, request = session.backend.identity, session.request
+    request = session.request
     folders = [session.folder(method) for method in methods]
     measured = (request.limit, request.timed, request.warmup, request.repeats, request.threads)
     text = json.dumps([sorted(folder.name for folder in folders), measured])
@@ -257,28 +256,10 @@ def _write(session: Session, methods: Sequence[Method], rows: Sequence[Mapping[s
         "schema": SCHEMA,
         "rows": rows,
         "questions_per_video": k,
-        "model": identity.model,
-        "weights_hash": identity.weights_hash,
-        "suite": request.suite,
-        "suite_version": session.suite.version,
         "frames": session.frames,
-        "sampler": session.sampler,
-        "warmup": request.warmup,
-        "repeats": request.repeats,
-        "max_new_tokens": session.max_new_tokens,
-        "threads": int(identity.facts.get("threads", 0)),
-        "device": {"type": identity.device_type, "name": identity.device_name, "dtype": identity.dtype,
-                   "cpu": header.cpu_name(), "cores": header.cores()},
-        "kernels": {"attention": identity.attention_kernel, "vision": identity.vision_attention_kernel},
-        "versions": header.versions(),
-        **header.source(),
-        "created": header.now(),
-    }  # fmt: skip
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); choose another --out.") from error
+        **aside.conditions(session),
+    }
+    aside.write(path, data)
 
 
 def to_text(session: Session, rows: Sequence[Mapping[str, Any]], k: int, n_videos: int) -> str:
