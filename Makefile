@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check tables results bench bench-gpu reference-report
+.PHONY: help setup demo test test-gpu test-lmms check tables results bench bench-gpu reference-report claims
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
@@ -23,6 +23,11 @@ demo: setup  ## compare methods on a tiny shipped model and rendered videos
 
 test: setup  ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not gpu"
+
+test-lmms:  ## lmms-eval's tasks and scorers beside ours, in an environment of its own (.venv-lmms: minutes, 7 GB)
+	test -x .venv-lmms/bin/python || $(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -e '.[lmms]' pytest hypothesis jsonschema
+	OMP_NUM_THREADS=1 .venv-lmms/bin/python -m pytest -q tests/lmms tests/test_lmms.py
 
 check: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -44,11 +49,23 @@ bench: setup  ## the fixed CPU workloads of attention against the best dense ker
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json
 
-# Nothing is installed for it: the machine's own python, torch and transformers, and this checkout.
+# On a GPU machine without .venv the machine's own python, torch and transformers are used; what pip refuses there costs nothing,
+# since the checkout comes first on the path.
 bench-gpu:  ## the fixed GPU workloads into OUT=dir, nine minutes (PART=2 the rest, SMOKE=1 a rehearsal on CPU)
 	@test -n "$(OUT)" || { echo 'Say where the rows go: make bench-gpu OUT=dir'; exit 2; }
+	@test -x $(BIN)/python || timeout 60 $(PYTHON) -m pip install -q --no-deps --no-build-isolation . \
+		|| echo 'pip could not install it here; the checkout itself is used.'
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m vlmbench.bench_gpu --out '$(OUT)' \
 		$(if $(SMOKE),--smoke) $(if $(PART),--part $(PART))
 
+# Only files that hold such tests: the others import what a GPU machine may lack.
+test-gpu:  ## the kernels at true shapes and the CUDA graphs (needs a CUDA device)
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -q -m gpu -p no:cacheprovider \
+		$$(grep -l 'mark[.]gpu' tests/test_*.py)
+
 reference-report: setup  ## look inside the tiny models: accuracies and probes into results/cpu (long; goes on where it stopped)
 	$(BIN)/python -m vlmbench.reference.inside --runs runs/reference --out results/cpu
+
+# A quarter of an hour a model on two idle cores; what runs/claims holds already is not run again.
+claims: setup  ## PEVLM's claims in miniature into results/cpu/pevlm.md (goes on where it stopped; CLAIMS="--part ladder")
+	$(BIN)/python -m vlmbench.claims --runs runs/claims --out results/cpu $(CLAIMS)

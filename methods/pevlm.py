@@ -142,9 +142,9 @@ class Pevlm(ParallelEncoding):
             return prompt
         positions = prompt.positions
         if self.positions == "reused-1d" and positions.dim() == 3:
-            # All axes count tokens up to the tail, which keeps its own.
+            # All axes count tokens up to the tail, which keeps its own: left-over units there have rows and columns.
+            counted = positions.new_tensor(range(plan.tail))
             positions = positions.clone()
-            positions[..., : plan.tail] = positions.new_tensor(range(plan.tail))
-            flat = reuse_positions(positions[0], plan)
-            return replace(prompt, positions=flat.expand_as(positions))
+            positions[..., : plan.tail] = reuse_positions(counted, plan)
+            return replace(prompt, positions=positions)
         return replace(prompt, positions=reuse_positions(positions, plan))

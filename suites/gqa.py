@@ -32,7 +32,11 @@ class GQA(OfficialSuite):
         "json": "testdev_balanced_questions.json",
         "zip": "questions1.2/testdev_balanced_questions.json",
     }
+    archives: ClassVar[tuple[str, ...]] = ("images.zip", "questions1.2.zip")
+    size: ClassVar[str] = "12,578 questions and 398 pictures"
     n_rows: ClassVar[int] = 12_578
+    lmms_task: ClassVar[str] = "gqa"
+    id_field: ClassVar[str] = "id"
 
     def _local(self, folder: Path, layout: str, files: Sequence[Path]) -> Table:
         if layout in ("json", "zip"):

@@ -20,6 +20,7 @@ from vlmbench.suites._official import data, subtitles
 from vlmbench.suites._official.base import DIRECTLY, OfficialSuite, picked
 from vlmbench.suites._official.choices import LETTERS, lettered, read_letter
 from vlmbench.suites._official.data import Row, Table
+from vlmbench.suites._official.subtitles import Line
 
 GROUPS = ("15", "60", "600", "3600")
 """Longest seconds of a duration group."""
@@ -32,14 +33,18 @@ class LongVideoBench(OfficialSuite):
     """`subtitles=off` shows the frames alone; `duration` asks about one duration group only."""
 
     name: ClassVar[str] = "longvideobench"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     hub: ClassVar[tuple[str, ...]] = ("longvideobench/LongVideoBench",)
     layouts: ClassVar[Mapping[str, str]] = {
         "json": "lvb_val.json",
         "parquet": "validation.parquet",
         "hub": "validation-*.parquet",
     }
+    archives: ClassVar[tuple[str, ...]] = ("videos.tar.part.*", "subtitles.tar")
+    size: ClassVar[str] = "1.3 MB of questions, 117 MB of subtitles and 161 GB of videos"
     n_rows: ClassVar[int] = 1337
+    lmms_task: ClassVar[str] = "longvideobench_val_v"
+    id_field: ClassVar[str] = "id"
     media_on_hub: ClassVar[bool] = False
     default_sampler: ClassVar[str] = "stride"
     default_fps: ClassVar[float | None] = 1.0
@@ -100,6 +105,22 @@ class LongVideoBench(OfficialSuite):
                 },
             )
 
+    def rows_by_id(self) -> dict[str, Row]:
+        """The JSON file's list of options becomes the hub's five columns."""
+        return {id_: {**row, **_columns(row)} for id_, row in super().rows_by_id().items()}
+
+    def seconds_stated(self, sample: Sample) -> tuple[float, float]:
+        return sample.extra["duration_s"], sample.extra["duration_s"]
+
+    def subtitle_files(self) -> tuple[list[Path], int]:
+        folder = (self._table.folder or Path()) / "subtitles"
+        wanted = sorted({folder / str(row["subtitle_path"]) for row in self._table.rows})
+        return [path for path in wanted if path.is_file()], len(wanted)
+
+    @staticmethod
+    def read_subtitles(path: Path) -> Sequence[Line]:
+        return subtitles.read_json(path, 0.0, 0.0)
+
     def asked(self, sample: Sample, times_s: Sequence[float]) -> Sample:
         question = "\n".join([sample.question, *lettered(sample.extra["options"]), DIRECTLY])
         match self.prompt:
@@ -147,3 +168,9 @@ def _options(row: Row, origin: str) -> tuple[str, ...]:
     if not 2 <= len(options) <= len(LETTERS):
         raise UsageError(f"{origin} has {len(options)} options for the question {row['id']}; fetch it again.")
     return options
+
+
+def _columns(row: Row) -> dict[str, str]:
+    if "candidates" not in row:
+        return {}
+    return {f"option{i}": option for i, option in enumerate([*row["candidates"], *["N/A"] * 5][:5])}

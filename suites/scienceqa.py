@@ -29,7 +29,7 @@ class ScienceQA(OfficialSuite):
     """`subset=img` asks only the questions that have a picture."""
 
     name: ClassVar[str] = "scienceqa"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     hub: ClassVar[tuple[str, ...]] = ("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA")
     layouts: ClassVar[Mapping[str, str]] = {
         "parquet": "test.parquet",
@@ -37,7 +37,10 @@ class ScienceQA(OfficialSuite):
         "img": "ScienceQA-IMG/test-*.parquet",
         "json": "problems.json",
     }
+    size: ClassVar[str] = "4,241 questions, 2,017 with a picture"
     n_rows: ClassVar[int] = 4241
+    lmms_task: ClassVar[str] = "scienceqa"
+    id_field: ClassVar[str] = "id"
 
     subset: Literal["full", "img"] = "full"
 

@@ -14,7 +14,8 @@ from vlmbench.suites._synth.files import ensure, media_path, source_hash
 if TYPE_CHECKING:
     from vlmbench.suites._synth.scene import Scene
 
-PICTURES = 200
+PICTURES = {"test": 200, "train": 2000}
+"""The first 200 of the train split are what they always were; methods that train need the others."""
 QUESTIONS = 3
 
 
@@ -71,7 +72,7 @@ class SynthImage(Suite):
         from vlmbench.suites._synth.scene import TEST_SEED, make_image
 
         first = TEST_SEED if split == "test" else 0
-        return [make_image(first + i) for i in range(PICTURES)]
+        return [make_image(first + i) for i in range(PICTURES[split])]
 
     def materialise(self, sample: Sample) -> None:
         from vlmbench.suites._synth.scene import make_image

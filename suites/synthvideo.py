@@ -7,12 +7,12 @@ seeds. Clusters are videos.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmbench.errors import UsageError
-from vlmbench.spec import nearest
+from vlmbench.spec import LATER, nearest
 from vlmbench.suite import Media, Sample, Score, Suite
 from vlmbench.suites._synth.files import ensure, media_path, source_hash
 
@@ -32,7 +32,8 @@ MAX_LENGTH = 100_000
 class SynthVideo(Suite):
     """`length` frames a video (32, 128 and 384 when none is named); `type` asks one type of question only.
 
-    With `depth`, each video holds a single event at that relative depth: for maps of length × depth.
+    With `depth`, each video holds a single event at that relative depth: for maps of length × depth. With `cuts`, the
+    background of each video changes that often and its events and questions stay; by default one video in three has 1 to 3.
     """
 
     name: ClassVar[str] = "synthvideo"
@@ -43,6 +44,7 @@ class SynthVideo(Suite):
     length: int | None = None
     type: str | None = None
     depth: float | None = None
+    cuts: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.length is not None and not 1 <= self.length <= MAX_LENGTH:
@@ -56,6 +58,12 @@ class SynthVideo(Suite):
             raise UsageError(f"{self.name}:depth must be from 0 (start) to 1 (end), not {self.depth}.")
         if self.depth is not None and self.length is None:
             raise UsageError(f"{self.name}:depth needs a length; write {self.name}:length=128,depth={self.depth}.")
+        if self.cuts is not None and self.length is None:
+            raise UsageError(f"{self.name}:cuts needs a length; write {self.name}:length=128,cuts={self.cuts}.")
+        if self.cuts is not None and self.length is not None and not 0 <= self.cuts < self.length:
+            raise UsageError(
+                f"{self.name}:cuts must be from 0 to {self.length - 1} in {self.length} frames, not {self.cuts}."
+            )
 
     @cached_property
     def _types(self) -> tuple[str, ...]:
@@ -69,7 +77,7 @@ class SynthVideo(Suite):
 
     @property
     def data_hash(self) -> str:
-        return source_hash("questions", "picking")
+        return source_hash("questions", "picking", *(() if self.cuts is None else ("cuts",)))
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
         return self._test if split == "test" else list(self._make("train"))
@@ -86,9 +94,11 @@ class SynthVideo(Suite):
             scenes = self._scenes(split, length)
             for index, (scene, asked) in enumerate(zip(scenes, pick(scenes, QUESTIONS, types), strict=True)):
                 depth = "" if self.depth is None else f"-at{self.depth:g}"
-                video = f"{length}{depth}"
+                cuts = "" if self.cuts is None else f"-cuts{self.cuts}"
+                video = f"{length}{depth}{cuts}"
                 cluster = f"{self.name}-{video}-{index:04d}" + ("" if split == "test" else "-train")
-                path = media_path(self.name, self.version, split, video, f"{index:04d}.mp4")
+                made_by = "" if self.cuts is None else f"-{source_hash('cuts')}"
+                path = media_path(self.name, self.version, split, f"{video}{made_by}", f"{index:04d}.mp4")
                 for number, question in enumerate(asked):
                     yield Sample(
                         id=f"{cluster}-{number}-{question.type}",
@@ -102,20 +112,21 @@ class SynthVideo(Suite):
                     )
 
     def _scenes(self, split: str, length: int) -> list[Scene]:
-        from vlmbench.suites._synth.scene import TEST_SEED, make_haystack, make_scene
+        from vlmbench.suites._synth.scene import TEST_SEED
 
         n = VIDEOS.get(length, 200) if split == "test" else TRAIN_VIDEOS
         first = TEST_SEED if split == "test" else 0
-        if self.depth is not None:
-            return [make_haystack(first + i, length, self.depth) for i in range(n)]
-        return [make_scene(first + i, length) for i in range(n)]
+        return [self._scene(first + i, length) for i in range(n)]
 
-    def materialise(self, sample: Sample) -> None:
+    def _scene(self, seed: int, length: int) -> Scene:
+        from vlmbench.suites._synth.cuts import with_cuts
         from vlmbench.suites._synth.scene import make_haystack, make_scene
 
-        length, seed = int(sample.strata["length"]), sample.extra["seed"]
         scene = make_scene(seed, length) if self.depth is None else make_haystack(seed, length, self.depth)
-        ensure(scene, sample.media[0].path)
+        return scene if self.cuts is None else with_cuts(scene, self.cuts)
+
+    def materialise(self, sample: Sample) -> None:
+        ensure(self._scene(sample.extra["seed"], int(sample.strata["length"])), sample.media[0].path)
 
     def score(self, sample: Sample, text: str) -> Score:
         from vlmbench.suites._synth.scoring import read_answer

@@ -35,7 +35,10 @@ class TextVQA(OfficialSuite):
         "hub": "data/validation-*.parquet",
         "json": "TextVQA_0.5.1_val.json",
     }
+    archives: ClassVar[tuple[str, ...]] = ("train_val_images.zip",)
+    size: ClassVar[str] = "5,000 questions with pictures"
     n_rows: ClassVar[int] = 5000
+    lmms_task: ClassVar[str] = "textvqa_val"
 
     ocr: bool = False
 

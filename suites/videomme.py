@@ -23,7 +23,10 @@ from vlmbench.suites._official.data import Row, Table
 
 VIDEOS = ("data", "video", "videos")
 """Folders that the archives, VLMEvalKit and others unpack the videos to."""
+SUBTITLES = ("subtitle", "subtitles")
 DURATIONS = ("short", "medium", "long")
+SECONDS = {"short": (0.0, 120.0), "medium": (240.0, 900.0), "long": (1800.0, 3600.0)}
+"""Shortest and longest video of a group, by the paper."""
 N_SUBTITLED = 744
 """Videos with a subtitle file."""
 _SELECT = "Select the best answer to the following multiple-choice question based on the video"
@@ -44,7 +47,7 @@ class VideoMME(OfficialSuite):
     """`subtitles` adds those of the shown frames; `duration` asks about short, medium or long videos only."""
 
     name: ClassVar[str] = "videomme"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     hub: ClassVar[tuple[str, ...]] = ("lmms-eval/Video-MME", "lmms-lab/Video-MME")
     layouts: ClassVar[Mapping[str, str]] = {
         "parquet": "test.parquet",
@@ -52,7 +55,10 @@ class VideoMME(OfficialSuite):
         "shards": "test-*.parquet",
         "json": "Video-MME.json",
     }
+    archives: ClassVar[tuple[str, ...]] = ("videos_chunked_*.zip", "subtitle.zip")
+    size: ClassVar[str] = "0.4 MB of questions, and videos in zip files of 26.7 GB each"
     n_rows: ClassVar[int] = 2700
+    lmms_task: ClassVar[str] = "videomme"
     media_on_hub: ClassVar[bool] = False
 
     subtitles: bool = False
@@ -79,7 +85,7 @@ class VideoMME(OfficialSuite):
             )
         folder = data.home(table.folder, VIDEOS)
         videos = data.by_stem(folder, VIDEOS)
-        texts = data.by_stem(folder, ("subtitle", "subtitles")) if self.subtitles else {}
+        texts = data.by_stem(folder, SUBTITLES) if self.subtitles else {}
         self._check_subtitles(table, folder, texts)
         for row in table.rows:
             duration = picked(row, "duration", DURATIONS, table.origin)
@@ -98,6 +104,15 @@ class VideoMME(OfficialSuite):
                 strata=strata,
                 extra={"options": options, "subtitles": texts.get(video)},
             )
+
+    def seconds_stated(self, sample: Sample) -> tuple[float, float]:
+        return SECONDS[sample.strata["duration"]]
+
+    def subtitle_files(self) -> tuple[list[Path], int]:
+        table = self._table
+        wanted = {str(row["videoID"]) for row in table.rows}
+        found = data.by_stem(data.home(table.folder or Path(), VIDEOS), SUBTITLES)
+        return [path for stem, path in found.items() if stem in wanted], N_SUBTITLED
 
     def _check_subtitles(self, table: Table, folder: Path, texts: Mapping[str, Path]) -> None:
         """Raises `UsageError` when subtitles are wanted and not all of them are there."""

@@ -35,7 +35,14 @@ class VQAv2(OfficialSuite):
         "hub": "data/validation-*.parquet",
         "json": "v2_OpenEnded_mscoco_val2014_questions.json",
     }
+    archives: ClassVar[tuple[str, ...]] = (
+        "val2014.zip",
+        "v2_Questions_Val_mscoco.zip",
+        "v2_Annotations_Val_mscoco.zip",
+    )
+    size: ClassVar[str] = "214,354 questions with pictures"
     n_rows: ClassVar[int] = 214_354
+    lmms_task: ClassVar[str] = "vqav2_val"
 
     type: str | None = None
 

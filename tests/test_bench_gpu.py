@@ -43,6 +43,7 @@ def test_the_rehearsal_writes_a_marked_row_for_every_workload(rehearsed: tuple[P
     assert all(list(row) == ["workload", *COLUMNS] for row in rows)
     assert all("smoke" in row["marks"] and row["device"] == "cpu" for row in rows)
     assert set(rows[0]["method_kernels_s"]) >= {"blocks", "flex", "varlen"}
+    assert not any("eager" in row["marks"] for row in rows), [row["note"] for row in rows]  # all was recorded
     assert json.loads((out / bench_gpu.MACHINE).read_text())["torch"] == torch.__version__
     assert sorted(path.name for path in out.iterdir()) == sorted((bench_gpu.ROWS, bench_gpu.LOG, bench_gpu.MACHINE))
     assert f"{len(expected)} of {len(expected)} workloads have a row" in done.stdout
@@ -84,6 +85,14 @@ def test_a_crash_costs_itself_and_the_others_go_on(tmp_path: Path, monkeypatch: 
     assert "Failed b" in log
 
 
+def test_a_worker_that_asks_for_a_fresh_one_gets_it_and_nothing_failed(tmp_path: Path, monkeypatch: Any) -> None:
+    code = "for name in names:\n    print('» ' + name, flush=True)\n    if name == 'b': os._exit(3)\n"
+    returned, log = watched(tmp_path, monkeypatch, code, 60)
+    assert returned == 0
+    assert [line for line in log.splitlines() if line.startswith("» ")] == ["» a", "» b", "» c"]
+    assert "Failed" not in log
+
+
 def test_the_time_is_kept_and_what_was_not_reached_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     returned, log = watched(tmp_path, monkeypatch, "print('» a', flush=True); time.sleep(60)", 2)
     assert returned == 0
@@ -115,6 +124,7 @@ def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
         options = dict(each.options)
         sizes = {name: options.pop(name, 1) for name in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim")}
         shapes(tokens=None, preset=options.pop("shape", None), **sizes)
-        assert set(options) <= {"check", "rounds", "layers", "steps", "rivals"}
+        assert set(options) <= {"check", "rounds", "layers", "steps", "rivals", "graphs", "alone"}
+    assert bench_gpu.WORKLOADS[0].op == "tests"
     # With the start of the machine's python it must end inside the ten minutes of a command.
     assert sum(each.about_s for each in bench_gpu.WORKLOADS if each.part == 1) <= bench_gpu.BUDGET_S < 600

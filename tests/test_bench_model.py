@@ -48,7 +48,7 @@ def test_rows_are_whole_and_name_the_best_dense_kernel(cli: Callable[..., Any], 
     assert len(row["dense_rounds_s"]) == len(row["method_rounds_s"]) == 2
     assert (row["layers"], row["model_layers"], row["per_layer"]) == (4, 4, False)
     assert row["whole_dense_s"] is None
-    assert row["marks"] == (["cpu", "eager"] if op == "decode" else ["cpu"])
+    assert row["marks"] == (["cpu"] if op == "prefill" else ["cpu", "eager"])
     assert row["peak_bytes"] > 0
     assert row["device_flops"] > 0
     # No share is negative, and none can pass one by more than an unsteady clock.
@@ -181,7 +181,8 @@ def test_a_mask_too_large_is_refused_in_a_sentence(monkeypatch: Any) -> None:
         ("prefill", ("--method", "downsample:axis=pixels"), "changes the size of frames"),
         ("prefill", ("--method", "pevlm", "--layers", 5), "from 1 to mini-qwen2.5-vl's 4"),
         ("decode", ("--method", "full", "--steps", 0), "--steps must be at least 1"),
-        ("prefill", ("--method", "full", "--batch", 2), "one prompt at a time"),
+        ("decode", ("--method", "full", "--batch", 2), "one prompt at a time"),
+        ("prefill", ("--method", "pevlm", "--batch", 2), "one prompt at a time"),
         ("prefill", ("--method", "full", "--check"), "use bench attention"),
         ("prefill", ("--method", "full", "--device", "cuda:9"), "not here"),
     ],

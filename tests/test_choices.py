@@ -105,3 +105,10 @@ def test_an_option_that_two_letters_share_is_nobodys() -> None:
 def test_an_options_own_letter_is_taken_off() -> None:
     assert [option_text(text) for text in ("B. a dog", "(B) a dog", "B) a dog", "a dog")] == ["a dog"] * 4
     assert option_text("A.") == ""
+
+
+def test_a_letter_on_the_first_line_is_the_answer_whatever_explains_it() -> None:
+    options = ["cat", "dog", "bird"]
+    assert read_letter("B\nBecause A is no animal", options) == "B"
+    assert read_letter("**(c)**\n\nA and B are wrong.", options) == "C"
+    assert read_letter("A\nB\nC", options) is None

@@ -106,7 +106,7 @@ def test_nothing_within_the_limit_is_exit_1_with_the_nearest_and_no_file(
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--method", "uniform"), "uniform has nothing to fit; methods that have: pevlm"),
+        (("--method", "uniform"), "uniform has nothing to fit; methods that have: "),
         (("--method", "pevlm:unit=token"), "pevlm is fitted in frames"),
         (("--suite", "synthvideo"), "name it as in synthvideo:length=32"),
         (("--suite", "synthvideo", "--frames", "16"), "name it as in synthvideo:length=32"),

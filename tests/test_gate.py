@@ -265,6 +265,15 @@ def test_runs_of_two_machines_are_refused(cli: Cli, folder: Path) -> None:
 # What is printed, and the workflow.
 
 
+def test_a_pass_says_which_loss_so_many_questions_cannot_show(cli: Cli, folder: Path) -> None:
+    done = cli("gate", folder, "--max-accuracy-drop", "turbo=0.01")
+    assert done.code == 0
+    assert "- `turbo:r=8,mode=drop`: a loss of less than 0." in done.out
+    assert "may pass unseen" not in cli("gate", folder, "--max-accuracy-drop", "turbo=0.5").out
+    (row,) = json.loads(cli("gate", folder, "--max-accuracy-drop", "turbo=0.01", "--format", "json").out)["rows"]
+    assert (row["mcnemar_p"], 0.01 < row["detectable_delta"] < 0.5) == (1, True)
+
+
 def test_json_fits_its_schema(cli: Cli, folder: Path) -> None:
     found = json.loads(
         cli("gate", folder, "--min-speedup", "turbo=1.6", "--max-accuracy-drop", "turbo=0.1", "--format", "json").out

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,13 @@ def test_out_of_memory_is_said_and_partial_coverage_too(filled: ResultStore) -> 
     }
     assert (shown["star"]["e2e_s"], shown["star"]["accuracy"]) == ("OOM", "OOM")
     assert (shown["ape"]["e2e_s"], shown["ape"]["accuracy"]) == ("—", "90.0 (99% done)")
+
+
+def test_what_was_never_asked_did_not_run_out_of_memory(filled: ResultStore) -> None:
+    fill(filled, [SampleRecord(f"s{i}", "latency", f"v{i}", "oom") for i in range(8)], method="star")
+    (line,) = (each for name, each in lines(only(filled, "video-retention")).items() if name == "star")
+    assert line.cells["tokens_per_s"].oom
+    assert not line.cells["accuracy:colours:length=32"].oom
 
 
 # What is called best.
@@ -331,6 +340,17 @@ def test_latex_has_as_many_cells_in_every_line_as_columns(filled: ResultStore, l
     assert sum(spans) + above.count(" & ") + 1 - len(spans) == width
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
     assert re.findall(r"[^\x00-\x7f]", text) == []  # every sign that is not ASCII has a command
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
+def test_latex_compiles(filled: ResultStore, ladder: Path, tmp_path: Path) -> None:
+    packages = r"\usepackage{booktabs,multirow}\usepackage[table]{xcolor}\usepackage[T1]{fontenc}"
+    found = "\n".join(to_latex(tables(ladder if name == "latency-budget" else filled.root, name)) for name in NAMES)
+    text = f"\\documentclass{{article}}{packages}\n\\begin{{document}}\n{found}\n\\end{{document}}\n"
+    (tmp_path / "tables.tex").write_text(text)
+    command = ["pdflatex", "-no-shell-escape", "-halt-on-error", "-interaction=nonstopmode", "tables.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_what_is_best_is_bold_and_second_underlined(filled: ResultStore, cli: Cli) -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 from vlmbench import registry
 from vlmbench.engine import generate
 from vlmbench.kernels.block_attention import Plan, make_plan
-from vlmbench.layout import Prompt
+from vlmbench.layout import Prompt, Span, TokenLayout
 from vlmbench.method import Method
+from vlmbench.methods.ape import Ape
 from vlmbench.methods.block import Block
 from vlmbench.methods.full import Full
 from vlmbench.methods.pevlm import Pevlm
 from vlmbench.methods.star import Star
 from vlmbench.parallel import ParallelEncoding
+from vlmbench.patch import Patcher
 from vlmbench.suite import Caption
 from vlmbench.trace import Trace
 
@@ -121,12 +123,26 @@ def close(ours: Encoded, theirs: Encoded) -> None:
 # What the paper's procedure gives.
 
 
-def test_one_block_leaves_the_states_and_the_cache_of_full_attention(adapter: Any, clip: Any) -> None:
-    prompt = spliced(adapter, [clip(12)])
-    ours = encode(adapter, Pevlm.neutral(), prompt)
+@pytest.mark.parametrize("method", [Pevlm.neutral(), Pevlm(sink=1, block=3)], ids=repr)
+def test_one_block_leaves_the_states_and_the_cache_of_full_attention(adapter: Any, clip: Any, method: Pevlm) -> None:
+    """Left-over units are no second block: in the tail they see everything before them."""
+    prompt = spliced(adapter, [clip(6)] if adapter.name != "qwen_vl" else [clip(12)])
+    ours = encode(adapter, method, prompt)
     assert ours.plan is not None
     assert len(ours.plan.blocks) == 1
+    assert (ours.plan.tail < prompt.layout.units[-1].stop) == (method.sink == 1)
     close(ours, encode(adapter, Full(), prompt))
+
+
+def test_left_over_units_at_the_head_are_not_seen_by_the_block_behind_them(adapter: Any, clip: Any) -> None:
+    """One full block behind a smaller one: with this planner, unlike with the other, that is not full attention."""
+    prompt = spliced(adapter, [clip(6)] if adapter.name != "qwen_vl" else [clip(12)])
+    ours = encode(adapter, Pevlm(sink=1, block=3, remainder="head"), prompt)
+    full = encode(adapter, Full(), prompt)
+    assert ours.plan is not None
+    (_, head), (start, stop) = ours.plan.blocks
+    torch.testing.assert_close(ours.hidden[:head], full.hidden[:head], rtol=1e-5, atol=2e-5)
+    assert not torch.allclose(ours.hidden[start:stop], full.hidden[start:stop], rtol=0, atol=1e-3)
 
 
 def test_every_state_and_every_key_is_the_three_passes_in_any_order_of_blocks(adapter: Any, clip: Any) -> None:
@@ -143,6 +159,23 @@ def test_every_state_and_every_key_is_the_three_passes_in_any_order_of_blocks(ad
         close(ours, three_passes(adapter, prompt, ours.plan, order))
 
 
+@pytest.mark.parametrize(
+    "media", [("video", "video"), ("image", "video"), ("image", "image", "image"), "captions"], ids=str
+)
+def test_units_come_from_the_layout_whatever_stands_between_them(adapter: Any, clip: Any, media: Any) -> None:
+    """Several media and text of any length between frames: blocks begin with a frame, and the procedure is the same."""
+    captions = tuple(Caption(i + 0.1, "where " * (1 + 3 * i)) for i in range(4)) if media == "captions" else ()
+    clips = [clip(1, "image") if kind == "image" else clip(8) for kind in (("video",) if captions else media)]
+    prompt = spliced(adapter, clips, captions)
+    ours = encode(adapter, Pevlm(sink=1, block=1), prompt)
+    plan = ours.plan
+    assert plan is not None
+    visual = [span for span in prompt.layout if span.kind in ("video", "image")]
+    assert [start for start, _ in plan.blocks] == [span.start for span in visual[1:]]
+    assert plan.tail == visual[-1].stop
+    close(ours, three_passes(adapter, prompt, plan, list(range(len(plan.blocks)))))
+
+
 def test_positions_reused_are_the_three_passes_at_those_positions(adapter: Any, clip: Any) -> None:
     prompt = spliced(adapter, [clip(12)])
     for positions in ("reused", "reused-1d"):
@@ -151,6 +184,23 @@ def test_positions_reused_are_the_three_passes_at_those_positions(adapter: Any, 
         assert ours.plan is not None
         moved = method.prepare(prompt, Trace())
         close(ours, three_passes(adapter, moved, ours.plan, list(range(len(ours.plan.blocks)))))
+
+
+def test_flattened_positions_count_tokens_on_every_axis_and_the_tail_keeps_its_own(adapter: Any, clip: Any) -> None:
+    """What the prototype's stock model fills in when it is given no ids; with one axis it is the other ablation."""
+    prompt = spliced(adapter, [clip(12)])
+    flat = Pevlm(sink=1, block=2, positions="reused-1d").prepare(prompt, Trace())
+    if prompt.positions.dim() == 2:
+        assert torch.equal(
+            flat.positions, Pevlm(sink=1, block=2, positions="reused").prepare(prompt, Trace()).positions
+        )
+        return
+    plan = flat.extras["block_plan"]
+    for axis, own in zip(flat.positions[:, 0], prompt.positions[:, 0], strict=True):
+        assert torch.equal(axis[: plan.sink], torch.arange(plan.sink))
+        for start, stop in plan.blocks:
+            assert torch.equal(axis[start:stop], plan.sink + torch.arange(stop - start))
+        assert torch.equal(axis[plan.tail :], own[plan.tail :])
 
 
 @pytest.mark.parametrize("where", ["sink", "block", "tail"])
@@ -259,6 +309,106 @@ def test_pairs_are_those_of_the_papers_cost_model(
     formula = s**2 / 2 + m * (b * s + b**2 / 2) + r * (s + m * b) + r**2 / 2
     assert plan.pairs == pytest.approx(formula, rel=1e-3)  # it leaves out what is linear in N
     assert length**2 / 2 / formula == pytest.approx(ratio, rel=0.03)  # the table has two digits
+
+
+# The encodings it is compared with.
+
+
+def test_a_block_that_sees_only_itself_is_the_same_wherever_it_stands(adapter: Any, clip: Any) -> None:
+    """Block-Attention encodes from position zero and turns the keys to their place: that is encoding in place."""
+    prompt = spliced(adapter, [clip(12)])
+    before = encode(adapter, Block(block=2), prompt)
+    assert before.plan is not None
+    start, stop = before.plan.blocks[1]
+    positions = prompt.positions.clone()
+    positions[..., start:stop] -= positions[..., start:stop].min()
+    moved = encode(adapter, Block(block=2), replace(prompt, positions=positions))
+    assert not torch.allclose(moved.keys[0, :, start:stop], before.keys[0, :, start:stop], rtol=0, atol=1e-2)
+    # float32 cosines of other angles, through four layers.
+    torch.testing.assert_close(moved.hidden[start:stop], before.hidden[start:stop], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moved.values[:, :, start:stop], before.values[:, :, start:stop], rtol=1e-4, atol=1e-4)
+
+
+def test_ape_weighs_the_context_in_the_question_and_in_every_generated_token(adapter: Any, clip: Any) -> None:
+    """Against softmax over all scores written out in each layer, by the formula of its kernel's own test."""
+    method, steps = Ape(block=2, temperature=0.7, scale=0.8), 4
+    with method.attach(adapter) as trace:
+        done = generate(adapter, method, trace, [clip(12)], QUESTION, max_new_tokens=steps, stop_at_eos=False)
+    changed = method.prepare(spliced(adapter, [clip(12)]), Trace())
+    plan: Plan = changed.extras["block_plan"]
+
+    def weighed(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **_: Any) -> Any:
+        n, m = q.shape[2], k.shape[2]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        scores = scaling * q @ k.transpose(-1, -2)
+        i, j = torch.arange(m - n, m)[:, None], torch.arange(m)
+        allow = torch.ones(m, m, dtype=torch.bool).tril()
+        allow[: plan.length, : plan.length] = plan.allow
+        far = (j >= plan.sink) & (j < plan.tail) & (i >= plan.tail)
+        lse = (scores / 0.7).masked_fill(~far, float("-inf")).logsumexp(-1, keepdim=True)
+        context = torch.where(far, scores / 0.7 - lse + 0.7 * 0.8 * lse, scores)
+        weights = context.masked_fill(~allow[m - n :, :], float("-inf")).softmax(-1)
+        return (weights @ v).transpose(1, 2).contiguous(), None
+
+    with torch.inference_mode(), Patcher(adapter) as patch:
+        patch.attention(weighed)
+        cache = adapter.new_cache(steps)
+        logits = adapter.prefill(replace(changed, extras={}), cache)
+        # The same sums in another order: float32 rounding of a four-layer model.
+        torch.testing.assert_close(done.first_logits, logits[0], rtol=0, atol=1e-5)
+        for step, token in enumerate(done.token_ids[:-1]):
+            assert int(logits.argmax()) == token
+            logits = adapter.decode(torch.tensor([[token]]), changed.next_position + step, cache)
+    assert int(logits.argmax()) == done.token_ids[-1]
+
+
+def laid(units: int, per: int = 4, before: int = 3) -> Prompt:
+    """A prompt of zeros: text, `units` frames of `per` tokens, text."""
+    frames = [Span("video", before + per * i, before + per * (i + 1), 0, i) for i in range(units)]
+    end = before + per * units
+    layout = TokenLayout((Span("text", 0, before), *frames, Span("text", end, end + 5)))
+    return Prompt(torch.zeros(1, end + 5, 2), torch.arange(end + 5)[None], layout, end + 5)
+
+
+@pytest.mark.parametrize(("units", "sink"), [(12, 1), (19, 1), (20, 2), (79, 7), (80, 8), (384, 8)])
+def test_the_default_sink_is_a_tenth_of_the_video_from_one_unit_to_eight(units: int, sink: int) -> None:
+    prompt = laid(units)
+    plan = Pevlm().plan(prompt, Trace())
+    assert plan is not None
+    assert plan.sink == prompt.layout.units[sink].start
+    assert {stop - start for start, stop in plan.blocks} == {8 * 4}
+
+
+def test_blocks_of_tokens_start_behind_the_text_and_end_before_the_question() -> None:
+    prompt = laid(9)
+    plan = Pevlm(unit="token", block=7).plan(prompt, Trace())
+    assert plan is not None
+    assert plan.sink == 3
+    assert plan.blocks == tuple((3 + 7 * i, 10 + 7 * i) for i in range(5))
+    trace = Trace()
+    assert Pevlm(unit="token", sink=999).plan(prompt, trace) is None
+    assert trace.reason == "the sink of 999 takes all 39 units, and no block is left"
+
+
+@pytest.mark.parametrize("sink", [5, 8, 11])
+def test_a_sink_of_more_units_than_a_block_pushes_no_block_into_the_question(sink: int) -> None:
+    """A public branch counts T/b − 1 blocks whatever the sink is."""
+    prompt = laid(13)
+    for remainder in ("tail", "head"):
+        plan = Pevlm(sink=sink, block=2, remainder=remainder).plan(prompt, Trace())
+        assert plan is not None
+        assert len(plan.blocks) == (13 - sink) // 2 + (remainder == "head") * ((13 - sink) % 2)
+        assert plan.tail <= prompt.layout.units[-1].stop
+
+
+@pytest.mark.parametrize(("units", "quarter"), [(12, 3), (13, 4), (384, 96)])
+def test_stars_blocks_are_a_quarter_of_the_video_behind_an_anchor_of_the_same_size(units: int, quarter: int) -> None:
+    prompt = laid(units)
+    plan = Star().plan(prompt, Trace())
+    assert plan is not None
+    assert plan.sink == prompt.layout.units[quarter].start
+    assert [-(-(stop - start) // 4) for start, stop in plan.blocks][:-1] == [quarter] * 2
+    assert plan.tail == prompt.layout.units[-1].stop
 
 
 # What a prompt may look like.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import shutil
 import subprocess
@@ -26,16 +27,16 @@ from vlmbench.reference.build import LLAVA, QWEN, TOKENS_PER_UNIT, UNK, make_mod
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, clip_of, make_pool, scene_of
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
-from vlmbench.reference.hints import order_targets, remark_targets
+from vlmbench.reference.hints import named_targets, order_targets, remark_targets, said_targets
 from vlmbench.reference.lessons import answer_logits, ask_all, gaps, hidden_states
 from vlmbench.reference.prompts import IGNORED, image_prefix, make_batch, video_prefix
 from vlmbench.reference.recipes import Phase, Recipe, Stage
 from vlmbench.reference.train import Trainer
 from vlmbench.reference.words import VOCABULARY
 from vlmbench.suite import Caption
-from vlmbench.suites._synth.captions import ANIMALS, EVERY
+from vlmbench.suites._synth.captions import ANIMALS, EVERY, TEXT_TYPES
 from vlmbench.suites._synth.encode import FPS
-from vlmbench.suites._synth.questions import questions, sample_questions
+from vlmbench.suites._synth.questions import NUMBERS, questions, sample_questions
 from vlmbench.suites._synth.scene import COLOURS, PLACES, SHAPES, TEST_SEED, Scene, make_scene
 from vlmbench.trace import Trace
 from vlmbench.video import Clip
@@ -315,6 +316,32 @@ def test_what_a_token_should_know_of_the_order_is_what_happened(group: int) -> N
                 assert quadrant[0] == [colour, shape, number]
 
 
+def test_a_word_of_a_question_knows_of_the_event_that_it_names() -> None:
+    """Wherever a question holds colour and shape of an event, and nowhere in an answer or in the clip."""
+    scenes = [make_scene(seed, 16) for seed in range(4)]
+    tokenizer, rng = make_tokenizer(VOCABULARY), np.random.default_rng(0)
+    asked, texts = ask_all(scenes, True, 30, rng)
+    asked = [[*row, *questions(scene, rng)] for row, scene in zip(asked, scenes, strict=True)]
+    batch = make_batch(video_prefix(LLAVA, 16, True), asked, tokenizer, texts)
+    found = named_targets(scenes, batch, tokenizer)
+    expected = torch.full_like(found, IGNORED)
+    for b, scene in enumerate(scenes):
+        events = scene.events
+        looks = [(event.colour, event.shape) for event in events]
+        for k, question in enumerate(asked[b], 1):
+            words = question.text.split()
+            places = (batch.part[b] == k).nonzero().flatten()
+            for i, pair in enumerate(itertools.pairwise(words), 1):
+                if pair in looks:
+                    number = looks.index(pair)
+                    before = events[number - 1] if number else None
+                    colour = COLOURS.index(before.colour) if before else len(COLOURS)
+                    shape = SHAPES.index(before.shape) if before else len(SHAPES)
+                    expected[b, places[i]] = torch.tensor([colour, shape, number])
+    assert torch.equal(found, expected)
+    assert (found[..., 2] != IGNORED).sum() > 50
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("with_text", [False, True])
 def test_gaps_in_positions_are_those_of_the_longer_video(name: str, with_text: bool) -> None:
@@ -403,29 +430,50 @@ def test_a_training_folder_that_cannot_be_gone_on_from_is_refused_and_left_alone
 
 
 def test_what_a_remark_should_know_stands_at_its_own_words() -> None:
-    """The hint lies on the number, names who said it, and both words know the latest event; checked on the text itself."""
+    """Both words of a remark know who speaks and the latest event, the number itself too; checked on the text itself."""
     tokenizer = make_tokenizer(VOCABULARY)
     scenes = [make_scene(seed, 32) for seed in range(10)]
     for name, n_units in ((LLAVA, 32), (QWEN, 16)):
         prefix = video_prefix(name, n_units, captions=True)
-        asked, texts = ask_all(scenes, True, 2, np.random.default_rng(0))
+        asked, texts = ask_all(scenes, True, 8, np.random.default_rng(0))
         batch = make_batch(prefix, asked, tokenizer, texts)
-        targets = remark_targets(scenes, prefix, batch.ids.shape[1])
-        words = [[tokenizer.decode(i) for i in row] for row in batch.ids]
+        targets = remark_targets(scenes, prefix, batch, tokenizer)
+        expected = torch.full_like(targets, IGNORED)
         for b, scene in enumerate(scenes):
-            said = [i for i, word in enumerate(words[b][: len(prefix.tokens)]) if word == "says"]
-            assert (
-                not (targets[b] != IGNORED)
-                .any(-1)[[i for i in range(len(words[b])) if i - 1 not in said and i + 1 not in said]]
-                .any()
-            )
-            for says in said:
-                number = targets[b, says + 1].tolist()
-                assert words[b][says - 1] == ANIMALS[number[0]]
-                frame = int("".join(words[b][says - 7 : says - 4])) + EVERY - 1  # at 0 1 2 and now the cat says …
-                seen = [e for e in scene.events if e.start <= frame]
-                look = (COLOURS.index(seen[-1].colour), SHAPES.index(seen[-1].shape)) if seen else (IGNORED, IGNORED)
-                assert tuple(number[1:]) == look == tuple(targets[b, says - 1].tolist()[1:])
+            words = [tokenizer.decode(i) for i in batch.ids[b]]
+            for i, word in enumerate(words):
+                if i >= len(prefix.tokens):
+                    if batch.labels[b, i] == IGNORED:  # in a question
+                        who = ANIMALS.index(word) if word in ANIMALS else IGNORED
+                        number = NUMBERS.index(word) if word in NUMBERS else IGNORED
+                        expected[b, i, :2] = torch.tensor([who, number])
+                elif word == "says":
+                    frame = int("".join(words[i - 7 : i - 4])) + EVERY - 1  # at 0 1 2 and now the cat says …
+                    seen = [e for e in scene.events if e.start <= frame]
+                    look = [COLOURS.index(seen[-1].colour), SHAPES.index(seen[-1].shape)] if seen else [IGNORED] * 2
+                    who = ANIMALS.index(words[i - 1])
+                    expected[b, i - 1] = torch.tensor([who, IGNORED, *look])
+                    expected[b, i + 1] = torch.tensor([who, NUMBERS.index(words[i + 1]), *look])
+        assert torch.equal(targets, expected)
+        assert (expected[:, len(prefix.tokens) :] != IGNORED).any()
+
+
+def test_a_word_asked_about_should_know_the_answer() -> None:
+    """In a question about captions that is its last word but the mark; other questions have no such word."""
+    tokenizer, scenes = make_tokenizer(VOCABULARY), [make_scene(seed, 32) for seed in range(6)]
+    asked, texts = ask_all(scenes, True, 20, np.random.default_rng(0))
+    batch = make_batch(video_prefix(LLAVA, 32, captions=True), asked, tokenizer, texts)
+    found = said_targets(asked, batch, tokenizer)
+    expected = torch.full_like(found, IGNORED)
+    for b, row in enumerate(asked):
+        for k, question in enumerate(row, 1):
+            if question.type in TEXT_TYPES:
+                words = question.text.split()
+                last = max(i for i, word in enumerate(words) if word in {*ANIMALS, *NUMBERS, *SHAPES})
+                at = (batch.part[b] == k).nonzero().flatten()[last]
+                expected[b, at] = [*ANIMALS, *NUMBERS].index(question.answer)
+    assert torch.equal(found, expected)
+    assert (found != IGNORED).sum() > 20
 
 
 def test_a_model_may_begin_with_the_language_side_of_a_shipped_one(tmp_path: Path, pools: Path) -> None:

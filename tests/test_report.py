@@ -17,7 +17,7 @@ import pytest
 from vlmbench.backend import Identity
 from vlmbench.header import make_header
 from vlmbench.method import Traits
-from vlmbench.record import Memory, Pass, SampleRecord, Timing
+from vlmbench.record import UNREAD, Frame, Memory, Pass, SampleRecord, Timing
 from vlmbench.report import COLUMNS, Rows, rows, to_csv, to_json, to_markdown
 from vlmbench.rescore import Rescored, rescore_run
 from vlmbench.spec import AnswerSpec, MeasureSpec
@@ -115,7 +115,8 @@ def test_the_columns_are_those_of_the_contract() -> None:
     )
     assert " ".join(COLUMNS) == (
         "model suite method params baseline n n_failed n_paired n_inactive frames n_visual_tokens accuracy accuracy_low "
-        "accuracy_high accuracy_delta accuracy_delta_low accuracy_delta_high agreement video_s preprocess_s vision_s "
+        "accuracy_high accuracy_delta accuracy_delta_low accuracy_delta_high mcnemar_p detectable_delta agreement "
+        "first_token_match first_token_kl greedy_prefix recall video_s preprocess_s vision_s "
         f"prepare_s prefill_s ttft_s decode_s_per_token e2e_s {speedups} amdahl_prefill amdahl_e2e peak_bytes "
         "peak_extra_bytes kv_bytes flops device dtype attention_kernel vision_attention_kernel marks"
     )
@@ -159,6 +160,14 @@ def test_only_runs_that_differ_in_nothing_but_the_method_are_compared(
     fill(store, answered([1.0]), method="turbo", **change)
     assert table(store)["turbo"]["baseline"] is None
     assert table(store)["turbo"]["accuracy_delta"] is None
+
+
+def test_runs_on_other_data_under_the_same_names_are_not_compared(store: ResultStore) -> None:
+    fill(store, answered([1.0]))
+    fill(store, answered([1.0]), method="turbo")
+    path = next(each for each in store.root.rglob("header.json") if "turbo" in str(each))
+    path.write_text(path.read_text().replace('"suite_hash": ""', '"suite_hash": "other"'))
+    assert table(store)["turbo"]["baseline"] is None
 
 
 def test_without_an_accuracy_pass_there_is_no_accuracy_but_a_count(store: ResultStore) -> None:
@@ -343,6 +352,29 @@ def test_notes_tell_what_is_missing(store: ResultStore) -> None:
     notes = rows(store.root).notes
     assert f"{view.folder.name}: not complete (interrupted)" in notes
     assert f"{view.folder.name}: 1 damaged lines are left out" in notes
+
+
+def test_a_table_reads_only_what_it_needs_and_says_the_same(store: ResultStore) -> None:
+    """Frames are counted and not read, also beside texts and traces that look like them; nothing else is another."""
+    work = {"tokens": [9, 9], "pairs": [45, 45], "neurons": [8, 8], "flops": 7, "attention_flops": 3}
+    evil = '","frames":[{"index":1}],"size":null,"work":{"tokens":[1],"pairs":[2],"neurons":[3]'
+    trace = {"kept": {"a": [[0, 1]], "frames": [[2, 3]]}, "frames": [{"a": 1}], "tokens": [1, 2]}
+    shown = [Frame(index, index / 2) for index in range(3)]
+    token = {"ids": [1, 2], "logprobs": [-0.1, -2.5], "tail": None}
+    more: dict[str, Any] = {"work": work, "trace": trace, "first_token": token, "frames": shown, "size": (4, 6)}
+    records = [*answered([1.0, 0.0], raw_text=evil, **more), *timed([BASE], [BASE])]
+    fill(store, records)
+    (whole,), (skimmed,) = store.runs(), store.runs(skim=True)
+    for key, record in whole.records.items():
+        other = skimmed.records[key]
+        assert len(other.frames) == len(record.frames)
+        assert set(other.frames) <= {UNREAD}
+        assert other == dataclasses.replace(
+            record,
+            frames=other.frames,
+            work=record.work and {**record.work, "tokens": [], "pairs": [], "neurons": []},
+        )
+    assert rows([whole]) == rows([skimmed]) == rows(store.root)
 
 
 # Scoring again.

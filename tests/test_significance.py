@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from vlmbench.significance import detectable, mcnemar
+from vlmbench.significance import detectable, mcnemar, paired_bootstrap
 from vlmbench.stats import Estimate, accuracy_interval, paired_delta, ratio_interval, wilson
 
 answers = st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 5)), min_size=1, max_size=12)
@@ -43,6 +43,13 @@ def test_videos_keep_their_questions_together(pairs: list[tuple[bool, bool, int]
 def test_mcnemars_example_of_many_pairs() -> None:
     a, b = [1.0] * 121 + [0.0] * 59 + [1.0] * 900, [0.0] * 121 + [1.0] * 59 + [1.0] * 900
     assert mcnemar(a, b, range(1080)) == pytest.approx(binomtest(121, 180).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("gained", "lost", "p"), [(15, 4, 0.0192108154296875), (3, 9, 0.14599609375)])
+def test_mcnemar_is_statsmodels(gained: int, lost: int, p: float) -> None:
+    """Its exact test, version 0.15.0."""
+    a, b = [1.0] * gained + [0.0] * lost + [1.0] * 20, [0.0] * gained + [1.0] * lost + [1.0] * 20
+    assert mcnemar(a, b, range(len(a))) == pytest.approx(p, abs=1e-12)
 
 
 def test_what_mcnemar_cannot_say() -> None:
@@ -84,6 +91,24 @@ def test_the_detectable_difference_is_found_in_four_of_five(n: int, share: float
         found = paired_delta(own, other, range(n))
         hits += found is not None and found.low is not None and found.low > 0
     assert 0.75 <= hits / 1000 <= 0.85
+
+
+def test_the_bootstrap_and_the_printed_interval_agree_where_there_is_enough_to_see() -> None:
+    rng = np.random.default_rng(0)
+    own, other = ((rng.random(600) < share).astype(float).tolist() for share in (0.8, 0.7))
+    clusters = np.repeat(np.arange(200), 3).tolist()
+    boot, printed = paired_bootstrap(own, other, clusters), paired_delta(own, other, clusters)
+    assert boot is not None
+    assert printed is not None
+    assert boot == pytest.approx(printed, abs=0.01)  # a fifth of the half-width
+    assert boot == paired_bootstrap(own, other, clusters)
+
+
+def test_what_a_bootstrap_cannot_say() -> None:
+    assert paired_bootstrap([], [], []) is None
+    assert paired_bootstrap([1.0] * 5, [0.0] * 5, range(5)) == Estimate(1.0, None, None)
+    assert paired_bootstrap([1.0] * 9, [0.0] * 9, ["v"] * 9) == Estimate(1.0, None, None)
+    assert paired_bootstrap([1.0] * 9, [1.0] * 9, range(9)) == Estimate(0, 0, 0)  # why tables print another
 
 
 # Coverage, simulated with fixed seeds. 2000 cases place a coverage of 95 % within ±1 % (twice its error).

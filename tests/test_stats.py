@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import stdtrit
 
-from vlmbench.stats import MIN_CLUSTERS, Estimate, accuracy_interval, paired_delta, ratio_interval, t_quantile, wilson
+from vlmbench.stats import (
+    MIN_CLUSTERS,
+    Estimate,
+    Z,
+    accuracy_interval,
+    effective_n,
+    paired_delta,
+    ratio_interval,
+    t_quantile,
+    wilson,
+)
 
 scores = st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=1, max_size=40)
 ratios = st.lists(st.floats(0.1, 10), min_size=MIN_CLUSTERS, max_size=40)
@@ -190,6 +200,40 @@ def test_a_ratio_covers_when_samples_share_a_video() -> None:
         noise = rng.normal(0, 0.2, (25, 2)) + rng.normal(0, 0.2, (25, 1))
         hits += covers(ratio_interval((1.5 * np.exp(noise)).ravel().tolist(), clusters), 1.5)
     assert LOW <= hits / RUNS <= HIGH
+
+
+# What others compute. The figures of statsmodels 0.15.0 are written down: it is no dependency for four numbers.
+
+RIGHT = [int(each) for each in "011100001001010101111100010000011011100111111010100101111011"]
+THREES = [number // 3 for number in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [
+        (7, 20, 0.18119182410108203, 0.5671457233147638),
+        (0, 12, 0.0, 0.24249400665524096),
+        (87, 100, 0.7901964855992356, 0.9224283257275949),
+    ],
+)
+def test_wilson_is_statsmodels(successes: int, n: int, low: float, high: float) -> None:
+    assert wilson(successes, n) == pytest.approx((successes / n, low, high), abs=1e-12)
+
+
+def test_the_error_by_video_is_statsmodels_and_lmms_evals() -> None:
+    """statsmodels' cluster-robust error of a mean, and equation 4 of Miller (2024), which lmms-eval computes.
+
+    Ours has Student's quantile in it besides, since the clusters are few.
+    """
+    values = [float(each) for each in RIGHT]
+    n, mean = len(values), sum(values) / len(values)
+    error = math.sqrt(mean * (1 - mean) / effective_n(values, THREES)) / (t_quantile(19) / Z)
+    assert error == pytest.approx(0.06522565, rel=1e-6)
+    cross = sum(
+        (values[i] - mean) * (values[j] - mean) for i in range(n) for j in range(n) if i != j and THREES[i] == THREES[j]
+    )
+    theirs = math.sqrt(mean * (1 - mean) / (n - 1) + cross / n**2)
+    assert error == pytest.approx(theirs, rel=0.03)  # G / (G − 1) here, n / (n − 1) there
 
 
 def test_students_quantile_is_scipys() -> None:

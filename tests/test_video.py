@@ -245,6 +245,35 @@ def test_a_recording_with_the_phone_held_sideways_is_upright(decoder: Decoder, t
     assert np.abs(frame.astype(int) - expected.astype(int)).mean() < 8
 
 
+def lying(data: bytes, factor: float) -> bytes:
+    """An mp4 whose headers (movie, track, media, edit list) claim another duration than its frames have."""
+    out = bytearray(data)
+    for box, offset in ((b"mvhd", 16), (b"tkhd", 20), (b"mdhd", 16), (b"elst", 8)):
+        at = data.index(box) + 4 + offset
+        struct.pack_into(">I", out, at, int(struct.unpack_from(">I", data, at)[0] * factor))
+    return bytes(out)
+
+
+def test_frames_are_counted_and_not_taken_from_a_header_that_lies(
+    decoder: Decoder, video: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "lies.mp4"
+    for factor in (1.5, 10, 1000):
+        path.write_bytes(lying(video.read_bytes(), factor))
+        clip = decoder.read(path, kind="video", frames=4, rule="endpoints")
+        assert clip.indices == (0, 3, 7, 11)
+        assert [number(frame) for frame in clip.frames] == [0, 3, 7, 11]
+    # A header that cuts the video short leaves out what an edit list may leave out. decord then counts frames behind the
+    # edit too, and shows the last one again for them.
+    path.write_bytes(lying(video.read_bytes(), 0.5))
+    clip = decoder.read(path, kind="video", frames=None, rule="endpoints")
+    assert [number(frame) for frame in clip.frames][:6] == list(clip.indices)[:6] == list(range(6))
+    assert decoder.name == "decord" or len(clip.indices) == 6
+    path.write_bytes(lying(video.read_bytes(), 0))
+    with pytest.raises(DecodeError, match=r"^lies\.mp4 cannot be decoded"):
+        decoder.read(path, kind="video", frames=4, rule="endpoints")
+
+
 # Bad files.
 
 

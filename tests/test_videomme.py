@@ -173,7 +173,9 @@ def test_missing_videos_are_counted_and_left_out_of_partial_data(root: Path) -> 
     assert {s.cluster for s in suite("videomme", root, allow_partial=True).samples()} == {"video-00000", "video-00002"}
     for path in (root / "videomme" / "data").iterdir():
         path.unlink()
-    with pytest.raises(UsageError, match=r"3 of 3 files of videomme are missing .*unpack its archives there"):
+    with pytest.raises(
+        UsageError, match=r"3 of 3 files of videomme are missing .*unpack its archives there with `vlmbench"
+    ):
         suite("videomme", root, allow_partial=True)
 
 

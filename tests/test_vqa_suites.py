@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from vlmbench.errors import UsageError
 from vlmbench.session import make_suite
 from vlmbench.store import ResultStore
 from vlmbench.suite import Sample
+from vlmbench.suites._official import base
 from vlmbench.suites._official.base import OfficialSuite
 from vlmbench.suites._official.vqa import exact, normalise, vqa_accuracy, vqa_score
 
@@ -412,6 +415,8 @@ def test_what_is_missing_is_one_sentence_and_exit_2(cli: Cli, tmp_path: Path, na
     done = cli("run", "--suite", name, "--model", "dummy", "--data-root", tmp_path / "data", "--out", tmp_path / "runs")
     assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
     assert f"{tmp_path / 'data' / name} holds none of {name}'s files" in done.err
+    assert f"--repo-type dataset --local-dir {tmp_path / 'data' / name}`" in done.err
+    assert f"{type(make_suite(name)).size}" in done.err  # type: ignore[attr-defined]
     assert not (tmp_path / "runs").exists()
 
 
@@ -547,9 +552,20 @@ def test_what_the_hub_refuses_is_a_sentence_and_offline_does_not_ask(tmp_path: P
     ):
         make_suite("vqav2:revision=abc").located(None)
     hub.clear()
+    with pytest.raises(UsageError, match=r"revision must be a commit of lmms-lab-encoder/VQAv2, not 'main'"):
+        make_suite("vqav2:revision=main").located(None)
     with pytest.raises(UsageError, match="vqav2 needs --data-root"):
         make_suite("vqav2:revision=abc").located(None, offline=True)
     assert hub == []
+
+
+def test_a_gated_data_set_without_a_token_says_how_to_get_in(hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(name: str, *args: Any, **options: Any) -> None:
+        raise RuntimeError(f"Dataset '{name}' is a gated dataset on the Hub. You must be authenticated to access it.")
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", closed)
+    with pytest.raises(UsageError, match=r"accept the conditions of longvideobench/LongVideoBench .*`hf auth login`"):
+        make_suite("longvideobench:revision=abc").located(None)
 
 
 # The whole command.
@@ -585,3 +601,43 @@ def test_the_whole_command_with_a_model_also_without_a_picture(cli: Cli, tmp_pat
     assert [records[f"row-{number}"].size for number in range(4)] == [(56, 56), (56, 56), None, None]
     visual = {id_: record.tokens["visual"] for id_, record in records.items()}
     assert [bool(visual[f"row-{number}"]) for number in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["vqav2", "gqa", "textvqa"])
+def test_pictures_inside_the_rows_reach_a_model(cli: Cli, tmp_path: Path, name: str) -> None:
+    root = made(tmp_path, name, "parquet")
+    args = ["--suite", name, "--data-root", root, "--model", "mini-qwen2-vl@random", "--mode", "accuracy", "--limit", 2]
+    done = cli("run", *args, "--max-new-tokens", 2, "--out", tmp_path / "runs", "--strict")
+    assert done.code == 0, done.err
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    assert {record.size for record in view.records.of("accuracy").values()} == {(56, 56)}
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = made(tmp_path, "scienceqa", "parquet")
+    args = ["--suite", "scienceqa", "--data-root", root, "--model", "mini-qwen2-vl@random", "--mode", "accuracy"]
+    args += ["--max-new-tokens", 2, "--out", tmp_path / "runs"]
+    monkeypatch.setenv("VLMBENCH_CACHE", str(tmp_path / "cache"))
+    written: list[Path] = []
+
+    def full(path: Path, encoded: bytes, real: Any = base._write) -> None:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
+        written.append(path)
+        real(path, encoded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "_write", full)
+        done = cli("run", *args)
+    assert (done.code, "cannot be written (No space left on device): everything finished is kept" in done.err) == (
+        1,
+        True,
+    )
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    kept = set(view.records.of("accuracy"))
+    assert kept < {f"row-{number}" for number in range(4)}
+    assert cli("run", *args, "--strict").code == 0
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    assert len(view.records.of("accuracy")) == 4

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmbench.errors import UsageError
 from vlmbench.files import write_json
@@ -21,8 +21,21 @@ if TYPE_CHECKING:
     from vlmbench.backend import Identity
 
 SCHEMA = 1
-_ORIGIN = ("seconds", "versions", "commit", "dirty", "device")
+ORIGIN = ("seconds", "versions", "commit", "dirty", "device")
 """Of the machine and the moment, not of the result: left out of the digest."""
+
+
+SHIPPED = Path(__file__).parent / "reference" / "artefacts"
+
+
+class Fitted(Protocol):
+    """What `Method.search` returns: `Artefact`, or a file of a method's own with trained weights."""
+
+    def write(self, path: Path) -> None:
+        """Replace the file atomically. Raises `OSError`."""
+
+    def to_text(self, out: Path) -> str:
+        """What was found, for people, and how to use the file `out`."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ class Artefact:
 
     @property
     def digest(self) -> str:
-        """Ten hex digits over everything but `_ORIGIN`."""
-        content = {key: value for key, value in dataclasses.asdict(self).items() if key not in _ORIGIN}
+        """Ten hex digits over everything but `ORIGIN`."""
+        content = {key: value for key, value in dataclasses.asdict(self).items() if key not in ORIGIN}
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -74,12 +87,65 @@ class Artefact:
 
     def check_weights(self, path: str, identity: Identity) -> None:
         """Raise `UsageError` when it was fitted for other weights than those that are loaded."""
-        if self.weights_hash != identity.weights_hash:
-            line = fit_line(self.method, path, model=identity.model, suite=self.suite)
-            raise UsageError(
-                f"{path} was fitted for {self.model} with weights {self.weights_hash[:10]}, not for {identity.model} with "
-                f"weights {identity.weights_hash[:10]}; make one for it with `{line}`."
-            )
+        refuse_weights(self, path, identity)
+
+    def to_text(self, out: Path) -> str:
+        """The measured grid for people, and how to use what was chosen."""
+        lines = [
+            f"| {' | '.join(self.chosen)} | pairs of full | same answer | accuracy | against full |",
+            "| ---: |" + " ---: |" * (len(self.chosen) + 3),
+        ]
+        for row in self.grid:
+            cells = [str(row[key]) for key in self.chosen] + [f"{row['pairs_relative']:.3f}"]
+            forms = {"agreement": ".2f", "accuracy": ".2f", "accuracy_delta": "+z.2f"}
+            cells += [f"{row[k]:{f}} [{row[f'{k}_low']:{f}}, {row[f'{k}_high']:{f}}]" for k, f in forms.items()]
+            lines.append(f"| {' | '.join(cells)} |")
+        picked = ",".join(f"{key}={self.parameters[key]}" for key in self.chosen)
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{self.method}:{picked} is the cheapest with a loss of agreement of at most {self.max_loss:g} on "
+                f"{self.n} train questions about {self.n_videos} videos ({self.suite}, {self.units} temporal units; full "
+                f"attention: {self.full['accuracy']:.2f}). It was chosen by its point estimate, so expect a little less on "
+                f"test questions. Written to {out}; use it with `--method {self.method}:artefact={out}`.",
+            ]
+        )
+
+
+class _Bound(Protocol):
+    """A file that is of one model."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def suite(self) -> str: ...
+
+
+def refuse_weights(found: _Bound, path: str, identity: Identity) -> None:
+    """Raise `UsageError` when it was fitted for other weights than those that are loaded."""
+    if found.weights_hash != identity.weights_hash:
+        line = fit_line(found.method, path, model=identity.model, suite=found.suite)
+        raise UsageError(
+            f"{path} was fitted for {found.model} with weights {found.weights_hash[:10]}, not for {identity.model} with "
+            f"weights {identity.weights_hash[:10]}; make one for it with `{line}`."
+        )
+
+
+def cache_folder() -> Path:
+    """Where a user's own files are found without ``artefact=``."""
+    from vlmbench.suites._synth.files import cache_root
+
+    return cache_root() / "artefacts"
+
+
+def candidates(pattern: str) -> list[Path]:
+    """Files that may fit a model when none is named: those that are shipped, then those in the user's cache."""
+    return [path for folder in (SHIPPED, cache_folder()) for path in sorted(folder.glob(pattern))]
 
 
 def read(path: str, method: str) -> Artefact:

@@ -67,8 +67,12 @@ def bench(
     steps: int = 32,
     rivals: bool = False,
     seed: int = 0,
+    graphs: bool | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """One row; with `rivals` every way to compute the method's attention is timed too.
+
+    `graphs` and `alone` are `bench_model.row`'s.
 
     Raises `UsageError` when the method has nothing to do in `op`, `RunError` when `check` finds a wrong row.
     """
@@ -80,7 +84,8 @@ def bench(
     on = pick_device(device)
     if check:
         raise UsageError("--check compares one layer's attention; leave it out here or use bench attention.")
-    return bench_model.row(op, method, shape, on, pick_dtype(dtype, on), rounds, layers, steps, seed)
+    dtype_ = pick_dtype(dtype, on)
+    return bench_model.row(op, method, shape, on, dtype_, rounds, layers, steps, seed, graphs, alone)
 
 
 class _Collector:
@@ -152,9 +157,15 @@ def _attention(
         if plan is not None and not runs_fast(q, k, v):
             trace.facts["masked"] = True
         mark_masked(row, trace, device)
+        if hasattr(method, "plant"):  # what is looked for in queries and keys must be there to be found
+            method.plant(prompt, q, k)
+        rule = plan
+        if hasattr(method, "rule"):  # known only from queries and keys
+            rule = method.rule(prompt, q, k)
+            row["pairs_limit"] = shape.tokens * (shape.tokens + 1) / 2 / rule.pairs
         attend = _method_attention(method, prompt, trace, q, k, v)
         if check:
-            row["check"] = _check(attend(), q, k, v, plan, seed)
+            row["check"] = _check(attend(), q, k, v, rule, seed)
         own = Side("method", lambda _: attend(), lambda _: forget())
         best, seconds, refused = fastest(_dense_sides(q, k, v), clock)
         if best is None and not any("memory" in reason for reason in refused.values()):
@@ -169,7 +180,7 @@ def _attention(
         sizes = (shape.tokens, shape.heads, shape.kv_heads, shape.head_dim, dtype.itemsize)
         n = shape.tokens
         dense_cost = cost.attention(n * (n + 1) // 2, *sizes)
-        own_cost = cost.attention(plan.pairs if plan is not None else n * (n + 1) // 2, *sizes)
+        own_cost = cost.attention(rule.pairs if rule is not None else n * (n + 1) // 2, *sizes)
         add_shares(row, device, dtype, dense_cost, own_cost)
     except RuntimeError as error:
         if not out_of_memory(error):
@@ -198,8 +209,7 @@ def new_row(op: str, method: Method, shape: Shape, device: torch.device, dtype: 
         "dense_rounds_s": [],
         "method_rounds_s": [],
         "per_layer": False,
-        # Decoding is the library's own step loop: no CUDA graph and no compilation, for dense and method alike.
-        "marks": [*(["cpu"] if device.type == "cpu" else []), *(["eager"] if op == "decode" else [])],
+        "marks": ["cpu"] if device.type == "cpu" else [],
     }
 
 
@@ -245,7 +255,9 @@ def close_row(
     row["method_s"] = median(run.method_s) if run.method_s else None
     for side, said in run.failed.items():
         ran_out(row, "dense attention" if side == "dense" else row["method"], said)
-    if best is None:
+    if best is None and not refused:
+        add_note(row, "dense attention was not timed")
+    elif best is None:
         ran_out(row, "dense attention", "; ".join(refused.values()))
     elif ratios := run.ratios:
         interval = ratio_interval(ratios, [str(i) for i in range(len(ratios))])
@@ -373,7 +385,8 @@ def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Any, seed: int) -
     for head in range(q.shape[1]):
         keys, values = k[0, head // groups].double(), v[0, head // groups].double()
         scores = q[0, head, rows.to(q.device)].double() @ keys.T * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~visible.to(q.device), float("-inf"))
+        seen = visible if visible.dim() == 2 else visible[head]  # the same for all heads, or one's own
+        scores = scores.masked_fill(~seen.to(q.device), float("-inf"))
         right = scores.softmax(-1) @ values
         error = (right - out[0, head, rows.to(q.device)].double()).abs().amax(-1) / right.square().mean(-1).sqrt()
         worst = max(worst, float(error.max()))

@@ -7,7 +7,7 @@ a prompt (`prepare`) is inside its prefill time, as it is in every run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -17,15 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from vlmbench import cost
-from vlmbench.bench import add_note, add_shares, close_row, mark_masked, new_row, note_masked, prepared, ran_out
+from vlmbench.bench import add_note, add_shares, mark_masked, new_row, note_masked, prepared, ran_out
 from vlmbench.cache import new_cache
+from vlmbench.contest import Make, contest, mark_eager, recorded
 from vlmbench.dense import Flex, backends, label, only
-from vlmbench.errors import RunError, UsageError
+from vlmbench.errors import UsageError
+from vlmbench.graphs import recorder
 from vlmbench.kernels.block_attention import forget
 from vlmbench.layout import Prompt
-from vlmbench.madeup import Shape, after_clip, frames_per_unit, noise
+from vlmbench.madeup import Shape, after_clip, embedded, frames_per_unit, vision_clips, vision_shape
+from vlmbench.parallel import ParallelEncoding
 from vlmbench.patch import Patcher
-from vlmbench.rounds import Clock, Side, fastest, out_of_memory, peak_bytes, race
+from vlmbench.recorded import Decoding, Filled, Tower, decoding, on_host, tower
+from vlmbench.rounds import Clock, Side, out_of_memory, peak_bytes, release
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
@@ -52,12 +56,20 @@ def row(
     layers: int | None,
     steps: int,
     seed: int,
+    graphs: bool | None = None,
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """One row; out of memory ends it with the mark ``oom``. Raises `UsageError` when there is nothing to time."""
+    """One row; out of memory ends it with the mark ``oom``. Raises `UsageError` when there is nothing to time.
+
+    `graphs` records decoding and vision, by default on CUDA (elsewhere `graphs.Tape` rehearses it); with `alone` the method
+    is not raced.
+    """
     _refuse(op, method, shape, layers, steps)
     found = new_row(op, method, shape, device, dtype)
+    graphs = device.type == "cuda" if graphs is None else graphs
     try:
-        bench = _Bench(_load(shape, layers, device, dtype, seed), method, shape, device, dtype, rounds, steps, seed)
+        adapter = _load(shape, layers, device, dtype, seed)
+        bench = _Bench(adapter, method, shape, device, dtype, rounds, steps, seed, graphs, alone)
         found |= {
             "layers": bench.adapter.shapes.layers,
             "model_layers": layers_of(shape),
@@ -84,8 +96,8 @@ def _refuse(op: str, method: Method, shape: Shape, layers: int | None, steps: in
 
     if shape.name is None:
         raise UsageError(f"bench {op} runs a model: name its --shape (one of {', '.join(PRESETS)}).")
-    if shape.batch != 1:
-        raise UsageError(f"bench {op} takes one prompt at a time; --batch is {shape.batch}.")
+    if op == "decode" and shape.batch != 1:
+        raise UsageError(f"bench decode takes one prompt at a time; --batch is {shape.batch}.")
     if steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}.")
     if layers is not None and not 1 <= layers <= layers_of(shape):
@@ -120,6 +132,10 @@ class _Bench:
     rounds: int
     steps: int
     seed: int
+    graphs: bool
+    """Decoding and vision are recorded and replayed."""
+    alone: bool
+    """Dense attention stays out of the race."""
 
     # -- operations -------------------------------------------------------------------------------------------------------
 
@@ -127,6 +143,8 @@ class _Bench:
         (dense_prompt, own_prompt), trace = self._prompts()
         less = self._prepared(row, own_prompt, trace)
         mark_masked(row, trace, self.device)
+        if less.extras.get("block_plan") is not None and self.shape.batch > 1:
+            raise UsageError(f"{self.method.name} takes one prompt at a time; --batch is {self.shape.batch}.")
         dense = self._dense_sides(self._prefill, lambda _: dense_prompt, self.shape.tokens, flex=True)
         ran = trace
 
@@ -144,56 +162,77 @@ class _Bench:
             self._add_whole(row, self._rest(best), self._rest(own))
         shapes, size = self.adapter.shapes, self.dtype.itemsize
         plain = _full().work(dense_prompt, shapes, Trace())
-        work = self.method.work(less, shapes, trace)
+        work = self.method.work(less, shapes, ran)
         if less.extras.get("block_plan") is not None:
             row["pairs_limit"] = sum(plain.pairs) / sum(work.pairs)
-        add_shares(row, self.device, self.dtype, cost.prefill(plain, shapes, size), cost.prefill(work, shapes, size))
+        costs = (cost.prefill(each, shapes, size, self.shape.batch) for each in (plain, work))
+        add_shares(row, self.device, self.dtype, *costs)
 
     def decode(self, row: dict[str, Any]) -> None:
         (dense_prompt, own_prompt), trace = self._prompts()
 
-        def filled(prompt: Prompt) -> tuple[Any, Tensor, int]:
+        def filled(prompt: Prompt) -> Filled:
             cache = self.adapter.new_cache(self.steps)
-            return cache, self.adapter.prefill(prompt, cache).argmax(-1, keepdim=True), prompt.next_position
+            return Filled(cache, self.adapter.prefill(prompt, cache).argmax(-1, keepdim=True), prompt.next_position)
+
+        def make(given: Filled) -> Decoding:
+            return decoding(self.adapter, recorder(self.device), given, self.steps)
 
         dense = self._dense_sides(self._decode, lambda _: filled(dense_prompt), self.shape.tokens)
         own = self._own_side(self._decode, lambda entered: filled(self.method.prepare(own_prompt, _fresh(entered))))
-        best, own = self._race(row, dense, own)
+        best, own = self._race(row, dense, own, make=make if self._recording(row) else None)
         less = self._prepared(row, own_prompt, trace)
         if best is not None and row["per_layer"]:
-            self._add_whole(row, self._rest(best), self._rest(own))
+            again = None if "eager" in row["marks"] else make
+            self._add_whole(row, self._rest(best, again), self._rest(own, again))
         row["dense_tokens_per_s"], row["method_tokens_per_s"] = (
             self.steps / row[key] if row[key] else None for key in ("dense_s", "method_s")
         )
-        add_shares(row, self.device, self.dtype, self._decode_cost(dense_prompt.length), self._decode_cost(less.length))
+        # What a method leaves out of a step is known to it alone; parallel encodings only weigh what they read.
+        whole = "decode" not in self.method.traits.stages or isinstance(self.method, ParallelEncoding)
+        own_cost = self._decode_cost(less.length) if whole else None
+        add_shares(row, self.device, self.dtype, self._decode_cost(dense_prompt.length), own_cost)
 
     def vision(self, row: dict[str, Any]) -> None:
         from vlmbench.counted import vision_cost
 
-        shape = _vision_shape(self.adapter, self.shape)
+        shape = vision_shape(self.adapter, self.shape)
         trace = Trace()
-        clip, less = _vision_clips(self.adapter, shape, self.method, trace)
-        dense_inputs, own_inputs = (self.adapter.to_device(self.adapter.inputs([each], "")) for each in (clip, less))
+        clip, less = vision_clips(self.adapter, shape, self.method, trace)
+        dense_inputs, *others = (
+            self.adapter.to_device(self.adapter.inputs([each] * shape.batch, ""))
+            for each in (clip, less)[: 1 if less is clip else 2]
+        )
+        own_inputs = others[0] if others else dense_inputs
         row |= {"frame_tokens": shape.frame_tokens, "tokens": shape.tokens}
         dense = self._dense_sides(self.adapter.encode_vision, lambda _: dense_inputs, 0)
         own = self._own_side(self.adapter.encode_vision, lambda _: own_inputs)
-        self._race(row, dense, own, [*_tensors(dense_inputs), *_tensors(own_inputs)])
+
+        def make(given: Inputs) -> Tower:
+            return tower(self.adapter, recorder(self.device), on_host(given))
+
+        inputs = (_tensors(dense_inputs), _tensors(own_inputs))
+        self._race(row, dense, own, inputs, make if self._recording(row) else None)
         dense_cost = vision_cost(self.adapter, dense_inputs)
-        # Inside the tower only the method knows what it leaves out; fewer frames are counted by themselves.
-        known = less is not clip or "vision" not in self.method.traits.stages
-        own_cost = vision_cost(self.adapter, own_inputs) if known else None
+        inside = self.method if "vision" in self.method.traits.stages else None
+        own_cost = vision_cost(self.adapter, own_inputs, inside)
         add_shares(row, self.device, self.dtype, dense_cost, own_cost)
 
     # -- what is timed ----------------------------------------------------------------------------------------------------
 
     def _prefill(self, prompt: Prompt) -> None:
+        many = self.shape.batch
+        if many > 1:  # the same prompt so many times, without copies
+            embeds, positions = prompt.embeds, prompt.positions
+            rows = positions.expand(*positions.shape[:-2], many, -1)
+            prompt = replace(prompt, embeds=embeds.expand(many, -1, -1), positions=rows)
         self.adapter.prefill(prompt, self.adapter.new_cache(1))
 
     def _prepare_and_prefill(self, given: tuple[Prompt, Trace]) -> None:
         prompt, trace = given
         self._prefill(self.method.prepare(prompt, _fresh(trace)))
 
-    def _decode(self, given: tuple[Any, Tensor, int]) -> None:
+    def _decode(self, given: Filled) -> None:
         cache, token, position = given
         for step in range(self.steps):
             token = self.adapter.decode(token, position + step, cache).argmax(-1, keepdim=True)
@@ -203,6 +242,8 @@ class _Bench:
 
     def _dense_sides(self, call: Any, ready: Any, tokens: int, *, flex: bool = False) -> dict[str, Side]:
         """`call` under every dense kernel that torch has here. `tokens` bounds the one that writes its scores down."""
+        if self.alone:
+            return {}
         score_bytes = self.shape.heads * tokens**2 * 4
         sides = {label(each): Side(label(each), call, ready, only(each)) for each in backends(self.device, score_bytes)}
         if flex and self.device.type == "cuda":
@@ -219,23 +260,31 @@ class _Bench:
         return Side("method", call, ready, lambda: self.method.attach(self.adapter))
 
     def _race(
-        self, row: dict[str, Any], dense: dict[str, Side], own: Side, inputs: list[Tensor] | None = None
+        self,
+        row: dict[str, Any],
+        dense: dict[str, Side],
+        own: Side,
+        inputs: tuple[list[Tensor], list[Tensor]] = ([], []),
+        make: Make | None = None,
     ) -> tuple[Side | None, Side]:
-        """The fastest dense side, and the method's own as it ran against it."""
+        """The fastest dense side, and the method's own as it ran against it; peaks are those of unrecorded calls."""
         clock = Clock(self.device)
-        best, seconds, refused = fastest(dense, clock)
-        if best is None and not any("memory" in reason for reason in refused.values()):
-            raise RunError(f"No dense attention kernel runs here ({'; '.join(refused.values()) or 'none known'}).")
-        if best is not None and not self._replaces_attention():
-            own = replace(own, around=partial(_both, best.around, own.around))
-        run = race(best, own, self.rounds, clock)
-        close_row(row, run, best, seconds, refused)
-        known = [*self.adapter.model.parameters(), *self.adapter.model.buffers(), *(inputs or [])]
-        if "method" not in run.failed:
-            row["peak_bytes"] = peak_bytes(own, known, self.device)
-        if best is not None and "dense" not in run.failed:
-            row["dense_peak_bytes"] = peak_bytes(best, known, self.device)
+        best, own = contest(row, dense, own, self.rounds, clock, make, own_kernel=self._replaces_attention())
+        release()
+        weights = [*self.adapter.model.parameters(), *self.adapter.model.buffers()]
+        for side, key, seconds, mine, theirs in (
+            (own, "peak_bytes", row["method_s"], inputs[1], inputs[0]),
+            (best, "dense_peak_bytes", row["dense_s"], inputs[0], inputs[1]),
+        ):
+            if side is not None and seconds is not None:
+                besides = sum(each.nbytes for each in theirs if all(each is not one for one in mine))
+                row[key] = peak_bytes(side, [*weights, *mine], self.device, besides)
         return best, own
+
+    def _recording(self, row: dict[str, Any]) -> bool:
+        if not self.graphs:
+            mark_eager(row)
+        return self.graphs
 
     def _replaces_attention(self) -> bool:
         """A method that leaves attention alone runs under the best dense kernel too."""
@@ -259,7 +308,7 @@ class _Bench:
             add_note(row, f"nothing to do: {trace.reason}")
         return left
 
-    def _rest(self, side: Side) -> float:
+    def _rest(self, side: Side, make: Make | None = None) -> float:
         """Seconds of the same call without any layer: what the method plans, embedding, masks, norm and head."""
 
         @contextmanager
@@ -267,7 +316,7 @@ class _Bench:
             with side.around() as entered, _without_layers(self.adapter):  # attached while the layers are there
                 yield entered
 
-        rest, clock = replace(side, around=around), Clock(self.device)
+        rest, clock = recorded(replace(side, around=around), make), Clock(self.device)
         rest.seconds(clock)
         return median(rest.seconds(clock) for _ in range(REST_REPEATS))
 
@@ -284,45 +333,6 @@ class _Bench:
         return cost.Cost(sum(one.flops for one in each), sum(one.bytes for one in each))
 
 
-def embedded(adapter: ModelAdapter, shape: Shape, seed: int = 0) -> Prompt:
-    """A made-up prompt with random embeddings and the family's own positions, on the model's device."""
-    layout = shape.layout()
-    generator = torch.Generator(adapter.device).manual_seed(seed)
-    size = (1, layout.length, adapter.shapes.hidden)
-    embeds = torch.randn(size, device=adapter.device, dtype=adapter.dtype, generator=generator)
-    positions = torch.arange(layout.length)[None]
-    if adapter.decode_positions(0).dim() == 3:
-        from vlmbench.models.qwen_vl import mrope_positions
-
-        positions = mrope_positions(layout, [1.0])[:, None]
-    return Prompt(embeds, positions.to(adapter.device), layout, int(positions.max()) + 1)
-
-
-def _vision_shape(adapter: ModelAdapter, shape: Shape) -> Shape:
-    """`shape` with the tower's own number of tokens where it has only one. Raises `UsageError`."""
-    if adapter.fixed_resolution:
-        return replace(shape, frame_tokens=adapter._tokens_per_frame)  # type: ignore[attr-defined]
-    rows, columns = shape.grid
-    if columns > 200 * rows:
-        raise UsageError(
-            f"--frame-tokens {shape.frame_tokens} is {rows} × {columns}, which the processor refuses as too long a frame."
-        )
-    return shape
-
-
-def _vision_clips(adapter: ModelAdapter, shape: Shape, method: Method, trace: Trace) -> tuple[Any, Any]:
-    """Noise whose frames give just the shape's tokens, and what the method's `prepare_clip` leaves of it."""
-    if adapter.fixed_resolution:
-        height = width = adapter.vision_config.image_size
-    else:
-        pixels = adapter.vision_config.patch_size * adapter.vision_config.spatial_merge_size
-        height, width = (side * pixels for side in shape.grid)
-        for part in (adapter.processor.image_processor, adapter.processor.video_processor):
-            part.size = {"shortest_edge": 1, "longest_edge": 2**62}  # as they are: no frame is resized
-    clip = noise(shape.frames * frames_per_unit(adapter), height, width)
-    return clip, method.prepare_clip(clip, trace)
-
-
 @contextmanager
 def _without_layers(adapter: ModelAdapter) -> Iterator[None]:
     """The language model with its layers taken out; caches keep their number of layers."""
@@ -334,13 +344,6 @@ def _without_layers(adapter: ModelAdapter) -> Iterator[None]:
     finally:
         text.layers = layers
         del adapter.new_cache
-
-
-@contextmanager
-def _both(first: Any, second: Any) -> Iterator[Any]:
-    with ExitStack() as stack:
-        stack.enter_context(first())
-        yield stack.enter_context(second())
 
 
 def _fresh(trace: Trace) -> Trace:

@@ -55,6 +55,18 @@ class KVLayer(DynamicLayer):
         self.physical = max_length
         self.keys, self.values = self._keys[..., :max_length, :], self._values[..., :max_length, :]
 
+    def keep(self, indices: Tensor) -> None:
+        """Hold only these of the tokens held (int64 ``[n]``, sorted); the others count as evicted. Their memory is freed."""
+        self.evicted += self.physical - len(indices)
+        self.physical = len(indices)
+        self._keys, self._values = (self._chosen(buffer, indices) for buffer in (self._keys, self._values))
+        self.keys, self.values = self._keys[..., : self.physical, :], self._values[..., : self.physical, :]
+
+    def _chosen(self, buffer: Tensor, indices: Tensor) -> Tensor:
+        smaller = self._reserve(buffer, len(indices) + self.headroom)
+        smaller[..., : len(indices), :] = buffer[..., indices, :]
+        return smaller
+
     def get_seq_length(self, *args: Any) -> int:
         """Logical length: held and evicted."""
         return self.physical + self.evicted

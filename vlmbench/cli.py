@@ -19,11 +19,12 @@ import typer
 
 from vlmbench import __version__
 from vlmbench.errors import RunError, UsageError
+from vlmbench.plain import printable
 
-DEMO_METHODS = ("pevlm", "block", "uniform:ratio=0.5", "random:ratio=0.5", "downsample:ratio=0.5", "blind", "prior")
-DEMO_SUITE = "synthvideo:length=32"
-DEMO_LIMIT = 66
-DEMO_TIMED = 8
+DEMO_METHODS = ("pevlm", "turbo:mode=drop", "uniform:ratio=0.25", "blind", "prior")
+DEMO_SUITE = "synthvideo:length=384"
+DEMO_LIMIT = 11
+DEMO_TIMED = 2
 
 app = typer.Typer(
     help="Compare acceleration methods for vision-language models on the same samples.",
@@ -54,6 +55,28 @@ class BenchOp(StrEnum):
     prefill = "prefill"
     decode = "decode"
     vision = "vision"
+
+
+class Checked(StrEnum):
+    contract = "contract"
+    invariance = "invariance"
+
+
+class Plot(StrEnum):
+    pareto = "pareto"
+    scaling = "scaling"
+    stages = "stages"
+    needle = "needle"
+
+
+class Picture(StrEnum):
+    png = "png"
+    svg = "svg"
+
+
+class Scorer(StrEnum):
+    own = "own"
+    lmms_eval = "lmms-eval"
 
 
 class TableFormat(StrEnum):
@@ -180,9 +203,16 @@ def fit(
         ),
     ],
     model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Settings to try at most. Default: all.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Settings to try at most, default all; of training, default 20 epochs.")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames a video. Default: the suite's own.")] = None,
-    limit: Annotated[int, typer.Option(help="Train questions.")] = 60,
+    limit: Annotated[
+        int | None, typer.Option(help="Train questions. Default: 60 for a search, all for training.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Questions a training step. Default: 32.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.009 · batch / 256.")] = None,
+    seed: Annotated[int, typer.Option(help="Of training and of random weights.")] = 0,
     max_loss: Annotated[float, typer.Option(help="Share of answers that may differ from full attention's.")] = 0.02,
     sampler: Annotated[str | None, typer.Option(metavar="RULE", help="How frames are picked.")] = None,
     max_pixels: Annotated[int | None, typer.Option(help="Largest frame in pixels. Default: the model's.")] = None,
@@ -193,7 +223,7 @@ def fit(
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
-    """Choose a method's parameters for a model on a suite's train split, and write them to a file."""
+    """Choose a method's parameters for a model on a suite's train split, or train it, and write them to a file."""
     from vlmbench.fitting import fit as start
     from vlmbench.progress import Progress
     from vlmbench.request import RunRequest
@@ -212,10 +242,11 @@ def fit(
         dtype=dtype,
         revision=revision,
         offline=offline,
+        seed=seed,
         debug=debug,
     )
     with Progress() as progress:
-        return start(request, out, max_loss=max_loss, steps=steps, progress=progress)
+        return start(request, out, max_loss=max_loss, steps=steps, progress=progress, batch=batch, lr=lr)
 
 
 @app.command(name="list")
@@ -249,8 +280,18 @@ def table(
         str | None,
         typer.Option(metavar="FIELD", help="With --layout: a table for each value, such as model or frames."),
     ] = None,
+    published: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Show what papers report (results/published.yaml) in a table of its own below."
+        ),
+    ] = None,
 ) -> int:
     """Print the comparison that a results folder holds."""
+    if published is not None and (layout is not None or format not in (TableFormat.md, TableFormat.json)):
+        raise UsageError(
+            "--published stands below the plain table in md or json; leave --layout out, and csv and latex."
+        )
     if layout is not None:
         from vlmbench import laid_text, layouts
 
@@ -264,8 +305,35 @@ def table(
     from vlmbench import report
 
     rows = report.rows(folder)
+    if published is not None:
+        from vlmbench import published as papers
+
+        found = papers.beside(papers.read(published), rows)
+        if format is TableFormat.json:
+            print(json.dumps({**json.loads(report.to_json(rows)), "published": found}, indent=1))
+        else:
+            print(f"{report.to_markdown(rows)}\n{papers.to_markdown(found)}".rstrip("\n"))
+        return 0
     writer = {"md": report.to_markdown, "csv": report.to_csv, "json": report.to_json}[format]
     print(writer(rows).rstrip("\n"))
+    return 0
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A results folder, or one inside it.")],
+    kind: Annotated[
+        list[Plot] | None, typer.Option(help="Repeatable. Default: all that the folder has results for.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path("plots"),
+    format: Annotated[list[Picture] | None, typer.Option(help="Repeatable. Default: both.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Draw accuracy against time, times and memory against length, stages, and needle maps."""
+    from vlmbench import plot as plots
+
+    for path in plots.plot(folder, out, tuple(kind or ()), tuple(format or Picture)):
+        print(path)
     return 0
 
 
@@ -298,6 +366,7 @@ def gate(
 ) -> int:
     """Hold a run against floors: exit 0 when they are reached, 1 when one is missed, 3 when the data cannot tell."""
     from vlmbench import gate as gates
+    from vlmbench import gate_text
 
     judged, said = gates.gate(
         folder,
@@ -309,9 +378,111 @@ def gate(
         update=update_baseline,
         tolerance=tolerance,
     )
-    writer = gates.to_json if format is Listing.json else gates.to_markdown
+    writer = gate_text.to_json if format is Listing.json else gate_text.to_markdown
     print(writer(judged, said).rstrip("\n"))
     return gates.EXIT[gates.overall(judged)]
+
+
+@app.command()
+def check(
+    what: Annotated[
+        Checked, typer.Argument(help="contract: what every method promises; invariance: answers that flip.")
+    ],
+    model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
+    method: Annotated[str, typer.Option(metavar="SPEC", help="The method.")] = "full",
+    suite: Annotated[str, typer.Option(metavar="SPEC", help="invariance: the questions.")] = DEMO_SUITE,
+    limit: Annotated[int, typer.Option(help="invariance: how many of them.")] = DEMO_LIMIT,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames a video. Default: the suite's own; 24 of noise for contract.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="KIND", help="invariance: attention, dtype or decoder alone.")
+    ] = None,
+    attention: Annotated[str, typer.Option(help="sdpa, eager, flash or best.")] = "sdpa",
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
+    format: Annotated[Listing, typer.Option(help="text is Markdown; json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Try a model and a method here before a long run. contract: exit 1 when a promise is broken."""
+    from vlmbench.progress import Progress
+    from vlmbench.request import RunRequest
+
+    request = RunRequest(
+        model=model,
+        methods=(method,),
+        suite=suite,
+        limit=limit,
+        frames=frames,
+        mode="accuracy",
+        attention=attention,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        data_root=data_root,
+        offline=offline,
+        debug=debug,
+    )
+    if what is Checked.contract:
+        from vlmbench import check_contract
+
+        checks = check_contract.run(request, frames or 24)
+        if format is Listing.json:
+            _print_rows([each._asdict() for each in checks])
+        else:
+            print(check_contract.to_markdown(checks).rstrip("\n"))
+        return int(any(each.ok is False for each in checks))
+    from vlmbench import check_invariance
+
+    with Progress() as progress:
+        rows = list(check_invariance.check(request, progress, only))
+    if format is Listing.json:
+        _print_rows([row._asdict() for row in rows])
+    else:
+        print(check_invariance.to_markdown(rows).rstrip("\n"))
+    return 0
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder, or the beginning of its name.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another run's.")],
+    format: Annotated[Listing, typer.Option(help="text is Markdown; json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Pair two stored runs, sample by sample: accuracy, answers, times and memory of B against A."""
+    from vlmbench import compare as pairs
+    from vlmbench.stored import one_run
+
+    runs = (one_run(a), one_run(b))
+    rows = pairs.compare(*runs)
+    if format is Listing.json:
+        _print_rows(rows)
+    else:
+        print(pairs.to_markdown(rows, *runs).rstrip("\n"))
+    return 0
+
+
+@app.command()
+def explain(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder, or the beginning of its name.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another run's.")],
+    format: Annotated[Listing, typer.Option(help="text is Markdown; json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Name the conditions in which two stored runs differ, and what each is known to do."""
+    from vlmbench import explain as headers
+    from vlmbench.stored import one_run
+
+    rows = headers.explain(one_run(a), one_run(b))
+    if format is Listing.json:
+        _print_rows(rows)
+    else:
+        print(headers.to_markdown(rows, (str(a), str(b))).rstrip("\n"))
+    return 0
 
 
 @app.command()
@@ -334,6 +505,9 @@ def score(
     text: Annotated[Path, typer.Option(metavar="FILE", help="JSON lines with an id and a text each.")],
     data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
     allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Score with the data that is there.")] = False,
+    scorer: Annotated[
+        Scorer, typer.Option(help="lmms-eval: its scorer beside ours, and every difference (extra lmms).")
+    ] = Scorer.own,
     format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
@@ -341,11 +515,69 @@ def score(
     from vlmbench import score as scores
     from vlmbench.session import make_suite
 
-    rows = scores.score(make_suite(suite).located(data_root, allow_partial=allow_partial), text)
+    found = make_suite(suite).located(data_root, allow_partial=allow_partial)
+    if scorer is Scorer.lmms_eval:
+        from vlmbench import score_lmms
+
+        compared = score_lmms.compare(found, text)
+        if format is Listing.json:
+            _print_rows(score_lmms.to_rows(found, compared))
+        else:
+            print(score_lmms.to_text(compared))
+        return 0
+    rows = scores.score(found, text)
     if format is Listing.json:
         _print_rows(rows)
     else:
         print(scores.to_text(rows))
+    return 0
+
+
+data_app = typer.Typer(help="Look at a suite's data, or put its archives in place.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def verify(
+    suite: Annotated[str, typer.Option(metavar="SPEC", help="The suite whose data is looked at.")],
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Media to decode, taken evenly. Default: all.")] = None,
+    format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Count rows, fields, media and subtitles, and decode them: exit 1 when something is missing or damaged."""
+    from vlmbench import data_verify
+    from vlmbench.progress import Progress
+    from vlmbench.session import make_suite
+
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1, not {limit}.")
+    found = make_suite(suite)
+    with Progress() as progress:
+        checks = data_verify.verify(found, data_root, progress, limit)
+    if format is Listing.json:
+        _print_rows(data_verify.to_rows(found, checks))
+    else:
+        print(data_verify.to_text(checks))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+@data_app.command()
+def prepare(
+    suite: Annotated[str, typer.Option(metavar="SPEC", help="The suite whose archives are unpacked.")],
+    data_root: Annotated[Path, typer.Option(help="Where data sets lie: files go to its folder of the suite's name.")],
+    archives: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the archives are. Default: there.")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> int:
+    """Join and unpack a suite's official archives; a second time goes on where the first stopped. Nothing is deleted."""
+    from vlmbench import data_prepare
+    from vlmbench.progress import Progress
+    from vlmbench.session import make_suite
+
+    with Progress() as progress:
+        print(data_prepare.prepare(make_suite(suite), data_root, archives, progress))
     return 0
 
 
@@ -411,7 +643,7 @@ def plan(
     frame_tokens: Annotated[int, typer.Option(help="Tokens of each; a fixed-size tower has its own number.")] = 256,
     tokens: Annotated[str | None, typer.Option(metavar="N/N", help="Prompt lengths instead of --frames.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Answer tokens.")] = 128,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
@@ -460,7 +692,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, str(error), 1, args)
     except Stopped as error:
         number = signal.Signals(error.args[0])
-        goes_on = "; the same command goes on from here" if args[:1] == ["run"] else ""
+        resumes = args[:1] == ["run"] or (args[:1] == ["fit"] and any("memvp" in arg for arg in args))
+        goes_on = "; the same command goes on from here" if resumes else ""
         return _fail(error, f"Stopped by {number.name}{goes_on}.", 128 + number, args)
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: an unknown command, option or value
@@ -475,7 +708,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(error: BaseException, sentence: str, code: int, args: list[str]) -> int:
     if "--debug" in args:
         traceback.print_exception(error)
-    print(f"Error: {sentence}", file=sys.stderr)
+    print(f"Error: {printable(sentence)}", file=sys.stderr)
     return code
 
 
@@ -497,4 +730,4 @@ def _names(kind: Kind) -> Iterable[dict[str, str]]:
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:
-    print(json.dumps({"schema": 1, "rows": rows}, indent=1, ensure_ascii=False))
+    print(json.dumps({"schema": 1, "rows": rows}, indent=1))

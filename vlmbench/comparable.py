@@ -13,7 +13,8 @@ from vlmbench.tables import wrote
 T = TypeVar("T")
 
 FIELDS = (
-    *("model", "revision", "weights_hash", "suite", "suite_name", "suite_version", "frames", "fps", "sampler"),
+    *("model", "revision", "weights_hash", "suite", "suite_name", "suite_version", "suite_hash"),
+    *("frames", "fps", "sampler"),
     *("max_pixels", "min_pixels", "decoder", "prompt_style", "max_new_tokens", "attention", "dtype", "device_type"),
     *("card", "driver", "threads", "torch", "transformers", "kernel", "vision_kernel", "seed"),
 )
@@ -22,6 +23,7 @@ OF_SUITE = (
     "suite",
     "suite_name",
     "suite_version",
+    "suite_hash",
     "frames",
     "fps",
     "sampler",
@@ -30,7 +32,7 @@ OF_SUITE = (
     "max_new_tokens",
 )
 OF_MODEL = ("model", "revision", "weights_hash", "max_pixels", "min_pixels", "attention", "kernel", "vision_kernel")
-OF_LENGTH = ("suite", "suite_version", "frames")
+OF_LENGTH = ("suite", "suite_version", "suite_hash", "frames")
 
 Facts = Mapping[str, str]
 
@@ -40,6 +42,7 @@ def facts(run: Loaded) -> Facts:
     spec, sessions = run.spec, wrote(run.view)
     found = {name: spec[name] for name in FIELDS if name in spec}
     found |= {"suite": run.suite, "suite_name": spec["suite"], "frames": run.spec["frames"]}
+    found |= {"suite_hash": run.header.get("suite_hash")}
     measured = {
         "card": [each["device"]["cpu" if each["device"]["type"] == "cpu" else "name"] for each in sessions],
         "driver": [each["driver"] for each in sessions],
@@ -67,8 +70,8 @@ class Item(NamedTuple):
     """The part of the table that it belongs to: fields named in `free` need to agree only there."""
 
 
-def check(items: Sequence[Item], free: Iterable[str] = ()) -> None:
-    """Raises `UsageError` naming the fields in which the runs differ."""
+def check(items: Sequence[Item], free: Iterable[str] = (), split: bool = True) -> None:
+    """Raises `UsageError` naming the fields in which the runs differ; the remedy names --split where there is one."""
     differ: dict[str, dict[str, list[str]]] = {}
     allowed = set(free)
     for field in FIELDS:
@@ -83,9 +86,8 @@ def check(items: Sequence[Item], free: Iterable[str] = ()) -> None:
         field, values = next(iter(differ.items()))
         shown = "; ".join(f"{value}: {', '.join(dict.fromkeys(names))}" for value, names in values.items())
         others = f", and in {', '.join(list(differ)[1:])}" if len(differ) > 1 else ""
-        raise UsageError(
-            f"The runs differ in {field} ({shown}){others}; name a folder that holds one kind, or give --split {field}."
-        )
+        remedy = f", or give --split {field}" if split else ""
+        raise UsageError(f"The runs differ in {field} ({shown}){others}; name a folder that holds one kind{remedy}.")
 
 
 def split(items: Sequence[tuple[Facts, T]], field: str) -> dict[str, list[T]]:

@@ -42,13 +42,12 @@ def weight_bytes(shapes: Shapes, size: int, neurons: tuple[int, ...] | None = No
     return (layers + shapes.hidden * shapes.vocab) * size
 
 
-def prefill(work: Work, shapes: Shapes, size: int) -> Cost:
-    """FLOPs as `vlmbench.work` counts them. No tokens at all cost nothing."""
+def prefill(work: Work, shapes: Shapes, size: int, batch: int = 1) -> Cost:
+    """FLOPs as `vlmbench.work` counts them, of `batch` prompts alike. No tokens at all cost nothing."""
     if not any(work.tokens):
         return Cost(0, 0)
-    tokens = max(work.tokens)
-    moved = weight_bytes(shapes, size, work.neurons) + tokens * shapes.hidden * size
-    return Cost(works.flops(work, shapes), moved + kv_bytes(1, shapes, size) * sum(work.tokens) // shapes.layers)
+    own = max(work.tokens) * shapes.hidden * size + kv_bytes(1, shapes, size) * sum(work.tokens) // shapes.layers
+    return Cost(batch * works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + batch * own)
 
 
 def decode(keys: int, shapes: Shapes, size: int) -> Cost:

@@ -6,7 +6,7 @@ Attention is stood in for by its output alone: fused kernels write no scores.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from vlmbench.patch import Patcher
 
 if TYPE_CHECKING:
     from vlmbench.layout import Prompt
+    from vlmbench.method import Method
     from vlmbench.models.base import Inputs, ModelAdapter
 
 FUSED = "vlmbench_fused"
@@ -32,9 +33,7 @@ META = torch.device("meta")
 class Stage(NamedTuple):
     cost: Cost
     peak_bytes: int
-    """Weights and whatever the stages before left behind included."""
-    held: tuple[Tensor, ...] = ()
-    """What lives on after the stage."""
+    """Weights and pixels included."""
 
 
 def _fused(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **_: Any) -> tuple[Tensor, None]:
@@ -78,30 +77,31 @@ def weights(adapter: ModelAdapter) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def vision(adapter: ModelAdapter, inputs: Inputs, held: Iterable[Tensor] = ()) -> Stage:
-    """The tower over `inputs`, of an adapter without storage; `held` is there besides weights and pixels."""
+def vision(adapter: ModelAdapter, inputs: Inputs) -> Stage:
+    """The tower over `inputs`, of an adapter without storage."""
     pixels = [each.to(META) for key, each in inputs.items() if key.startswith("pixel")]
     moved = {**inputs, **dict(zip((key for key in inputs if key.startswith("pixel")), pixels, strict=True))}
     adapter._vision_model().set_attn_implementation(FUSED)
     counter = FlopCounterMode(display=False)
-    with counter, _Followed([*weights(adapter), *held, *pixels]) as live:
+    with counter, _Followed([*weights(adapter), *pixels]) as live:
         features = adapter.encode_vision(moved)
     found = tuple(each for each in features if each is not None)
     text = {id(each) for part in (adapter.text, adapter.model.lm_head) for each in part.parameters()}
     tower = [each for each in adapter.model.parameters() if id(each) not in text]
     moved_bytes = sum(each.numel() * each.element_size() for each in (*tower, *pixels, *found))
-    return Stage(Cost(counter.get_total_flops(), moved_bytes), live.peak, (*pixels, *found))
+    return Stage(Cost(counter.get_total_flops(), moved_bytes), live.peak)
 
 
-def vision_cost(adapter: ModelAdapter, inputs: Inputs) -> Cost:
-    """The same for an adapter with weights, which stays as it is."""
+def vision_cost(adapter: ModelAdapter, inputs: Inputs, method: Method | None = None) -> Cost:
+    """The same for an adapter with weights, which stays as it is, under a method that changes the tower or under none."""
     twin = model_without_storage(adapter.config, adapter.dtype)
-    return vision(twin, {key: each.cpu() if key.endswith("thw") else each for key, each in inputs.items()}).cost
+    with nullcontext() if method is None else method.attach(twin):
+        return vision(twin, {key: each.cpu() if key.endswith("thw") else each for key, each in inputs.items()}).cost
 
 
 @torch.inference_mode()
-def prefill_peak(adapter: ModelAdapter, prompt: Prompt, headroom: int, held: Iterable[Tensor]) -> tuple[int, int]:
-    """(peak bytes, bytes left behind) of a prefill by an adapter without storage; `held` is there besides the weights."""
+def prefill_peak(adapter: ModelAdapter, prompt: Prompt, headroom: int) -> tuple[int, int]:
+    """(peak bytes, bytes left behind) of a prefill by an adapter without storage: weights, prompt, cache and temporaries."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, None]:
         return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format), None
@@ -109,6 +109,6 @@ def prefill_peak(adapter: ModelAdapter, prompt: Prompt, headroom: int, held: Ite
     cache = adapter.new_cache(headroom)
     with Patcher(adapter) as patch:
         patch.attention(attend)
-        with _Followed([*weights(adapter), *held, prompt.embeds]) as live:
+        with _Followed([*weights(adapter), prompt.embeds]) as live:
             adapter.prefill(prompt, cache)
     return live.peak, live.current

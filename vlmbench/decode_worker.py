@@ -67,8 +67,9 @@ def _pyav(request: Request) -> Decoded:
     with av.open(request.path) as container:
         stream = _best(container)
         fps = float(stream.average_rate or stream.guessed_rate or 1)
-        # The frame count in the header may be absent or wrong; packets are counted without decoding them.
-        total = sum(1 for packet in container.demux(stream) if packet.size)
+        # The frame count in the header may be absent or wrong; packets are counted without decoding them. Those that an
+        # edit list leaves out are read, but no frame comes of them.
+        total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
         indices = _picked(request, total, fps)
     found: dict[int, Any] = {}
     times: dict[int, float] = {}

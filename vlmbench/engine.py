@@ -93,6 +93,7 @@ def generate(
     features = adapter.encode_vision(inputs) if method.traits.sees_vision else Features()
     meter.stage("vision")
     prompt = method.prepare(adapter.splice(inputs, features), trace)
+    del inputs, features  # of a long video gigabytes, and prefill needs them for its own
     meter.stage("prepare")
     cache = adapter.new_cache(headroom=max_new_tokens + reserve)
     logits = adapter.prefill(prompt, cache)

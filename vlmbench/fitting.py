@@ -2,7 +2,8 @@
 
 What is chosen, and among which settings, is the method's own affair (`Method.search`); here is what any search needs: a
 prompt to count its cost on, full attention's answers, and how often a setting gives the same ones. Nothing is stored
-before the end, so that a command that was stopped leaves no half of an artefact.
+before the end, so that a command that was stopped leaves no half of an artefact; a method that trains goes on from
+``OUT.training``.
 
 synthvideo's train split is the seeds 0 to 199, which the shipped tiny models were themselves trained on: fitted there, they
 answer questions that they have seen.
@@ -12,11 +13,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmbench import header, stats
-from vlmbench.artefact import Artefact
+from vlmbench.artefact import SHIPPED, Artefact, cache_folder
 from vlmbench.errors import RunError, UsageError
 from vlmbench.method import Method
 from vlmbench.registry import methods as method_registry
@@ -25,6 +27,7 @@ from vlmbench.spec import Spec, params_of
 
 if TYPE_CHECKING:
     from vlmbench.layout import Prompt
+    from vlmbench.models.base import ModelAdapter
     from vlmbench.progress import Progress
     from vlmbench.request import RunRequest
     from vlmbench.suite import Sample
@@ -35,8 +38,24 @@ class Answered(NamedTuple):
     score: float
 
 
-def fit(request: RunRequest, out: Path, *, max_loss: float, steps: int | None, progress: Progress) -> int:
-    """Fit the request's only method and write the artefact. Raises `UsageError` and `RunError`."""
+QUESTIONS = 60
+"""Of the train split, for a search; training takes them all."""
+
+
+def fit(
+    request: RunRequest,
+    out: Path,
+    *,
+    max_loss: float,
+    steps: int | None,
+    progress: Progress,
+    batch: int | None = None,
+    lr: float | None = None,
+) -> int:
+    """Fit the request's only method and write the artefact. Raises `UsageError` and `RunError`.
+
+    `batch` and `lr` are of methods that train (`Traits.trained`).
+    """
     (method,) = make_methods(request.methods)
     if type(method).search is Method.search:
         able = [name for name in method_registry.names() if method_registry.load(name).search is not Method.search]
@@ -45,18 +64,31 @@ def fit(request: RunRequest, out: Path, *, max_loss: float, steps: int | None, p
         raise UsageError(f"--max-loss must be at least 0 and below 1, not {max_loss:g}.")
     if steps is not None and steps < 1:
         raise UsageError(f"--steps must be at least 1, not {steps}.")
+    if not method.traits.trained:
+        if batch is not None or lr is not None:
+            raise UsageError(f"--batch and --lr are of training, and {method.name} is only searched; leave them out.")
+        request = replace(request, limit=QUESTIONS if request.limit is None else request.limit)
+    if batch is not None and batch < 1:
+        raise UsageError(f"--batch must be at least 1, not {batch}.")
+    if lr is not None and not lr > 0:
+        raise UsageError(f"--lr must be above 0, not {lr:g}.")
+    if (folder := out.absolute().parent) in (cache_folder().absolute(), SHIPPED):
+        folder.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UsageError(f"--out must be a file in a folder that is there, not {str(out)!r}.")
     _one_length(request)
-    with Session(request, progress, split="train", stored=False) as session:
-        fitting = Fitting(session, method, max_loss, steps)
+    # What is yet to be trained has no file, and the session would refuse it.
+    asked = replace(request, methods=()) if method.traits.trained else request
+    with Session(asked, progress, split="train", stored=False) as session:
+        fitting = Fitting(session, method, max_loss, steps, out=out, batch=batch, lr=lr)
         artefact = method.search(fitting)
     progress.finish()
     try:
         artefact.write(out)
     except OSError as error:
         raise RunError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
-    print(to_text(artefact, out))
+    fitting.state.unlink(missing_ok=True)
+    print(artefact.to_text(out))
     return 0
 
 
@@ -75,28 +107,50 @@ def _one_length(request: RunRequest) -> None:
 class Fitting:
     """What a search has at hand: train questions, full attention's answers to them, and a limit on the loss."""
 
-    def __init__(self, session: Session, method: Method, max_loss: float, steps: int | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        method: Method,
+        max_loss: float,
+        steps: int | None,
+        *,
+        out: Path,
+        batch: int | None = None,
+        lr: float | None = None,
+    ) -> None:
         self.session, self.method, self.max_loss, self.steps = session, method, max_loss, steps
+        self.out, self.batch, self.lr = out, batch, lr
         # The first so many: the questions on one video follow each other, so few videos are rendered and decoded.
         suite_order = session.suite.samples("train")
         self.samples: list[Sample] = list(suite_order[: session.request.limit])
         self._begun_s = time.monotonic()
         self._prompt: Prompt | None = None
 
-    def prompt(self) -> Prompt:
-        """The first question's prompt with its positions and layout, but without visual features."""
-        from vlmbench.engine import TorchBackend
-        from vlmbench.models.base import Features
+    @property
+    def state(self) -> Path:
+        """Where training goes on from; gone when it is over."""
+        return self.out.with_name(f"{self.out.name}.training")
 
-        backend, sample = self.session.backend, self.samples[0]
+    @property
+    def adapter(self) -> ModelAdapter:
+        """The loaded model. Raises `UsageError` when there is none."""
+        from vlmbench.engine import TorchBackend
+
+        backend = self.session.backend
         if not isinstance(backend, TorchBackend):
             raise UsageError(f"{backend.identity.model} is a stand-in without a prompt; fit needs a model.")
+        return backend.adapter
+
+    def prompt(self) -> Prompt:
+        """The first question's prompt with its positions and layout, but without visual features."""
+        from vlmbench.models.base import Features
+
+        adapter, sample = self.adapter, self.samples[0]
         if self._prompt is None:
             record = self.session.blank(sample, "accuracy")
             clips = self.session.clips(sample, record)
             if clips is None:
                 raise RunError(f"The first train video cannot be used: {record.error}")
-            adapter = backend.adapter
             asked = self.session.asked(sample, clips)
             inputs = adapter.inputs(clips, asked.question, asked.captions)
             self._prompt = adapter.splice(adapter.to_device(inputs), Features())
@@ -202,30 +256,6 @@ class Fitting:
             **header.source(),
             device={"type": identity.device_type, "name": identity.device_name, "dtype": identity.dtype},
         )
-
-
-def to_text(artefact: Artefact, out: Path) -> str:
-    """The measured grid for people, and how to use what was chosen."""
-    lines = [
-        f"| {' | '.join(artefact.chosen)} | pairs of full | same answer | accuracy | against full |",
-        "| ---: |" + " ---: |" * (len(artefact.chosen) + 3),
-    ]
-    for row in artefact.grid:
-        cells = [str(row[key]) for key in artefact.chosen] + [f"{row['pairs_relative']:.3f}"]
-        forms = {"agreement": ".2f", "accuracy": ".2f", "accuracy_delta": "+z.2f"}
-        cells += [f"{row[k]:{f}} [{row[f'{k}_low']:{f}}, {row[f'{k}_high']:{f}}]" for k, f in forms.items()]
-        lines.append(f"| {' | '.join(cells)} |")
-    picked = ",".join(f"{key}={artefact.parameters[key]}" for key in artefact.chosen)
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{artefact.method}:{picked} is the cheapest with a loss of agreement of at most {artefact.max_loss:g} on "
-            f"{artefact.n} train questions about {artefact.n_videos} videos ({artefact.suite}, {artefact.units} temporal "
-            f"units; full attention: {artefact.full['accuracy']:.2f}). It was chosen by its point estimate, so expect a little "
-            f"less on test questions. Written to {out}; use it with `--method {artefact.method}:artefact={out}`.",
-        ]
-    )
 
 
 def _spread(settings: Sequence[tuple[float, Method]], steps: int | None) -> Sequence[tuple[float, Method]]:

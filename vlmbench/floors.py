@@ -24,14 +24,15 @@ class Machine(NamedTuple):
     """What a speed-up depends on beside the work."""
 
     card: str
-    """On a CPU its name and the cores that the process had."""
+    """On a CPU its name, the cores that the process had and the threads that it used."""
     driver: str | None
     torch: str | None
 
     @classmethod
     def of(cls, session: Mapping[str, Any]) -> Machine:
         device = session["device"]
-        card = f"{device['cpu']}, {device['cores']} cores" if device["type"] == "cpu" else device["name"]
+        cpu = f"{device['cpu']}, {device['cores']} cores, {session['measure']['threads']} threads"
+        card = cpu if device["type"] == "cpu" else device["name"]
         return cls(str(card), session["driver"], session["versions"].get("torch"))
 
     def __str__(self) -> str:

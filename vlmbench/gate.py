@@ -7,50 +7,25 @@ that is an answer of its own (exit 3): more videos (`run --timed`, which goes on
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from vlmbench import stats
 from vlmbench.errors import UsageError
-from vlmbench.floors import METRICS, Baseline, Key, Machine
-from vlmbench.loaded import BASELINE, Loaded, texts
-from vlmbench.record import SCHEMA
-from vlmbench.report import loaded_rows
-from vlmbench.spec import Spec, parse
-from vlmbench.store import ResultStore
-from vlmbench.tables import SPANS, method_text, wrote
+from vlmbench.floors import METRICS, Baseline, Key
+from vlmbench.gate_runs import Measured, measured
+from vlmbench.loaded import BASELINE
+from vlmbench.spec import parse
+from vlmbench.tables import SPANS
 
 WIDE = 0.05
 """Half-width, relative for a ratio and absolute for an accuracy, above which an interval round a floor says nothing."""
 
 Verdict = Literal["pass", "fail", "inconclusive"]
 EXIT: dict[Verdict, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
-_SAID = {"pass": "passed", "fail": "regressed", "inconclusive": "inconclusive"}
-_SHOWN = {
-    "vision": "vision ×",
-    "prefill": "prefill ×",
-    "ttft": "first token ×",
-    "decode": "decode ×",
-    "e2e": "end to end ×",
-}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One run, as far as a gate looks at it."""
-
-    key: Key
-    machine: Machine
-    estimates: Mapping[str, stats.Estimate]
-    """Metric -> what was measured; a metric of `METRICS` without an entry was not."""
-    marks: Sequence[str]
-    n: int
-    """Questions that the accuracy difference is over."""
-    n_timed: int
 
 
 @dataclass(frozen=True)
@@ -63,6 +38,9 @@ class Judged:
     given: Literal["command line", "baseline"]
     estimate: stats.Estimate
     verdict: Verdict
+    p: float | None = None
+    """Of an accuracy: McNemar's, as in `Measured`."""
+    detectable: float | None = None
 
 
 def gate(
@@ -138,84 +116,6 @@ def gate(
     return judged, [*said, *_setting(runs)]
 
 
-def measured(folder: Path) -> list[Measured]:
-    """Every method of a results folder but full attention. Raises `UsageError` when they cannot be gated."""
-    views = ResultStore(folder).runs()
-    try:
-        found = _measured(folder, views)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{folder} holds a run whose header or records lack something ({error}); run it again."
-        ) from error
-    machines = {run.machine: run.key for run in found}
-    if not found:
-        raise UsageError(f"{folder} holds no method beside {BASELINE}; run one with --method.")
-    if twice := next((run for run in found if sum(other.key == run.key for other in found) > 1), None):
-        raise UsageError(f"{folder} holds {twice.key.text} twice (seed, weights or sampler differ); gate one of them.")
-    if len(machines) > 1:
-        raise UsageError(
-            f"{folder} holds runs of several machines ({'; '.join(map(str, machines))}); gate one machine at a time."
-        )
-    return found
-
-
-def _measured(folder: Path, views: Sequence[Any]) -> list[Measured]:
-    pairs = loaded_rows(views)
-    found = []
-    for run, row in pairs:
-        if run.header["status"] != "done":
-            raise UsageError(
-                f"{run.view.folder} is not complete ({run.header['status']}); the same `vlmbench run` command goes on."
-            )
-        if run.method == BASELINE:
-            continue
-        full = next((each for each, _ in pairs if each.method == BASELINE and each.group == run.group), None)
-        estimates = {f"speedup_{span}": stats.Estimate(*_parts(row, f"speedup_{span}")) for span in SPANS}
-        ids = sorted(run.scores.keys() & full.scores.keys()) if full else []
-        own, dense = ([each.scores[id_] for id_ in ids] for each in (run, full or run))
-        # Unlike a table's `accuracy_delta` this counts what did not finish, as wrong: running out of memory is a loss too.
-        delta = stats.paired_delta(own, dense, [run.accuracy[id_].cluster for id_ in ids])
-        found.append(
-            Measured(
-                key=Key(
-                    model=str(row["model"]),
-                    suite=str(row["suite"]),
-                    method=run.method,
-                    params=run.params,
-                    shape=_shape(run),
-                ),
-                machine=_machine(run),
-                estimates={name: each for name, each in estimates.items() if each.value is not None}
-                | ({"accuracy_delta": delta} if delta else {}),
-                marks=row["marks"],
-                n=len(ids),
-                n_timed=len({each.cluster for each in run.latency.values()}),
-            )
-        )
-    return found
-
-
-def _parts(row: Mapping[str, Any], name: str) -> tuple[Any, Any, Any]:
-    return row[name], row[f"{name}_low"], row[f"{name}_high"]
-
-
-def _shape(run: Loaded) -> str:
-    """What decides how much there is to compute, beside model, suite and method."""
-    named = ("frames", "fps", "max_pixels", "min_pixels", "max_new_tokens", "dtype", "attention")
-    return Spec("", texts({name: run.spec[name] for name in named})).__str__().lstrip(":")
-
-
-def _machine(run: Loaded) -> Machine:
-    """Raises `UsageError` when the run's records are from several."""
-    found = {Machine.of(session) for session in wrote(run.view)}
-    if len(found) > 1:
-        raise UsageError(
-            f"{run.view.folder} holds records of several machines ({'; '.join(sorted(map(str, found)))}); run it again "
-            "with --fresh."
-        )
-    return found.pop()
-
-
 def _typed(
     runs: Sequence[Measured], min_speedup: Sequence[str], max_drop: Sequence[str], spans: Sequence[str]
 ) -> list[tuple[Measured, str, float]]:
@@ -265,10 +165,9 @@ def _estimate(run: Measured, metric: str) -> stats.Estimate:
 
 
 def _judge(run: Measured, metric: str, floor: float, given: Literal["command line", "baseline"]) -> Judged:
-    estimate = _estimate(run, metric)
-    return Judged(
-        run.key, metric, floor, given, estimate, verdict(estimate, floor, relative=metric != "accuracy_delta")
-    )
+    estimate, accuracy = _estimate(run, metric), metric == "accuracy_delta"
+    tested = (run.p, run.detectable) if accuracy else ()
+    return Judged(run.key, metric, floor, given, estimate, verdict(estimate, floor, relative=not accuracy), *tested)
 
 
 def verdict(estimate: stats.Estimate, floor: float, *, relative: bool) -> Verdict:
@@ -311,56 +210,10 @@ def overall(judged: Sequence[Judged]) -> Verdict:
     return next((each for each in worst if each in verdicts), "pass")
 
 
-def to_markdown(judged: Sequence[Judged], said: Sequence[str]) -> str:
-    """A summary for a pull request."""
-    lines = [f"### vlmbench gate: {_SAID[overall(judged)]}", ""]
-    if judged:
-        lines += ["| method | what | floor | measured | verdict |", "| --- | --- | ---: | ---: | --- |"]
-    for each in judged:
-        form, unit = ("+z.3f", "") if each.metric == "accuracy_delta" else (".2f", "×")
-        what = "accuracy against full" if unit == "" else _SHOWN[each.metric.removeprefix("speedup_")]
-        value, low, high = each.estimate
-        shown = f"{value:{form}}{unit}" + ("" if low is None else f" [{low:{form}}, {high:{form}}]")
-        name = method_text({"method": each.key.method, "params": each.key.params})
-        marked = {"pass": "pass", "fail": "**fail**", "inconclusive": "inconclusive"}[each.verdict]
-        lines.append(f"| {name} | {what} | {each.floor:{form}}{unit} | {shown} | {marked} |")
-    below = list(said)
-    if judged:
-        below.append(
-            "a floor fails only when the whole 95 % interval is below it; × is against full attention in turns"
-        )
-    if any(each.verdict == "inconclusive" for each in judged):
-        below.append(
-            f"inconclusive: the floor is inside an interval whose half-width is above {WIDE:.0%}, or there is no "
-            "interval; times need more videos (`run --timed`) or rounds (`--repeats`, with --fresh), accuracies more "
-            "questions (`--limit`)"
-        )
-    return "\n".join([*lines, *([""] if judged else []), *(f"- {each}" for each in below)]) + "\n"
-
-
-def to_json(judged: Sequence[Judged], said: Sequence[str]) -> str:
-    """``{"schema": 1, "verdict", "notes", "rows": […]}``, see docs/schema/gate.schema.json."""
-    rows = [
-        {
-            **each.key._asdict(),
-            "metric": each.metric,
-            "floor": each.floor,
-            "given": each.given,
-            "value": each.estimate.value,
-            "low": each.estimate.low,
-            "high": each.estimate.high,
-            "verdict": each.verdict,
-        }
-        for each in judged
-    ]
-    data = {"schema": SCHEMA, "verdict": overall(judged), "notes": list(said), "rows": rows}
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _setting(runs: Sequence[Measured]) -> list[str]:
     work = dict.fromkeys(f"{run.key.model} on {run.key.suite} ({run.key.shape})" for run in runs)
     counts = f"{max(run.n for run in runs)} questions, {max(run.n_timed for run in runs)} videos timed"
     return [f"{'; '.join(work)}; {counts}", str(runs[0].machine)]
 
 
-__all__ = ["EXIT", "METRICS", "Judged", "gate", "measured", "overall", "to_json", "to_markdown", "verdict"]
+__all__ = ["EXIT", "METRICS", "Judged", "gate", "measured", "overall", "verdict"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from vlmbench import plain
 from vlmbench.laid_out import Cell, Column, Line, Table
 from vlmbench.record import SCHEMA
 from vlmbench.tables import method_text
@@ -22,13 +23,13 @@ def to_markdown(tables: Sequence[Table]) -> str:
         rows = [["method", *(_head(column) for column in table.columns)], ["---", *["---:"] * len(table.columns)]]
         for band in table.bands:
             if band.title:
-                rows.append([f"**{_plain(band.title)}**", *[""] * len(table.columns)])
+                rows.append([f"**{plain.cell(band.title)}**", *[""] * len(table.columns)])
             for line in band.lines:
                 name = method_text({"method": line.method, "params": line.params})
                 rows.append([name + _marks(line), *(_markdown_cell(line, column) for column in table.columns)])
-        title = f"**{_plain(table.title)}**" + (f" ({_plain(table.split)})" if table.split else "")
+        title = f"**{plain.cell(table.title)}**" + (f" ({plain.cell(table.split)})" if table.split else "")
         parts += [title, "\n".join(f"| {' | '.join(row)} |" for row in rows)]
-        parts.append("\n".join(f"- {note}" for note in table.notes))
+        parts.append("\n".join(f"- {plain.note(note)}" for note in table.notes))
     return "\n\n".join(parts) + "\n"
 
 
@@ -40,11 +41,7 @@ def _markdown_cell(line: Line, column: Column) -> str:
 
 
 def _head(column: Column) -> str:
-    return _plain(f"{column.group}, {column.head}" if column.group else column.head)
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return plain.cell(f"{column.group}, {column.head}" if column.group else column.head)
 
 
 def _marks(line: Line) -> str:
@@ -59,7 +56,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     writer = csv.DictWriter(out, names, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        writer.writerow({**row, "marks": " ".join(row["marks"]), **dict.fromkeys(row["oom"], "OOM")})
+        texts = {**row, "marks": " ".join(row["marks"]), **dict.fromkeys(row["oom"], "OOM")}
+        writer.writerow({name: plain.spreadsheet(value) for name, value in texts.items()})
     return out.getvalue()
 
 
@@ -76,7 +74,7 @@ def to_json(tables: Sequence[Table]) -> str:
         "notes": list(dict.fromkeys(note for table in tables for note in table.notes)),
         "rows": _rows(tables),
     }
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
 
 
 def _rows(tables: Sequence[Table]) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from vlmbench.spec import Spec, params_of
 from vlmbench.store import RunView
 
 if TYPE_CHECKING:
+    from vlmbench.backend import Backend
     from vlmbench.method import Method
     from vlmbench.progress import Progress
     from vlmbench.request import RunRequest
@@ -76,20 +77,23 @@ class Climb:
         return len(last) < MISSES or any(self.meets(step) for step in last)
 
 
-def run(request: RunRequest, progress: Progress) -> int:
-    """Climb, answer, print the table, and return the exit code. Raises `UsageError` and `RunError`."""
+def run(request: RunRequest, progress: Progress, backend: Backend | None = None) -> int:
+    """Climb, answer, print the table, and return the exit code. Raises `UsageError` and `RunError`.
+
+    `backend` is one that is loaded already.
+    """
     limit_s = request.latency_limit
     if limit_s is None:
         raise ValueError("the request has no latency limit")
-    with Session(request, progress, stored=False) as session:
+    with Session(request, progress, backend=backend, stored=False) as session:
         progress.note(f"{session.describe()}; at most {limit_s:g} s from the video file to the last token")
-        climbs = [Climb(method, limit_s) for method in session.methods if method.traits.uses_model]
+        climbs = climbs_of(session)
         if not climbs:
             raise UsageError("--latency-limit needs a method that calls the model; name one with --method.")
         videos = _decoded(session)
         native = max(frames for _, frames in videos)
         climb(session, climbs, videos, native)
-        path = _path(session, climbs)
+        path = path_of(session, climbs)
         _write(path, session, climbs, native)
         for each in climbs:
             if each.chosen is not None:
@@ -103,7 +107,13 @@ def run(request: RunRequest, progress: Progress) -> int:
     return 1 if request.strict and (unfinished or any(step.failed for each in climbs for step in each.steps)) else 0
 
 
-def _path(session: Session, climbs: Sequence[Climb]) -> Path:
+def climbs_of(session: Session) -> list[Climb]:
+    """One for each method that calls the model, at the foot of its ladder."""
+    limit_s = session.request.latency_limit or 0.0
+    return [Climb(method, limit_s) for method in session.methods if method.traits.uses_model]
+
+
+def path_of(session: Session, climbs: Sequence[Climb]) -> Path:
     """Beside the runs; what can change an answer or its seconds is in the name's hash, so no command overwrites another's."""
     request = session.request
     folders = [session.folder(each.method) for each in climbs]

@@ -46,9 +46,10 @@ class Loaded:
 
     @property
     def group(self) -> str:
-        """Runs with the same key differ in nothing but the method."""
+        """Runs with the same key differ in nothing but the method: they were asked the same questions on the same files."""
         rest = {key: value for key, value in self.spec.items() if key not in ("method", "method_params")}
-        return json.dumps({**rest, "suite_version": suite_version(self.header)}, sort_keys=True, default=str)
+        data = {"suite_version": suite_version(self.header), "suite_hash": self.header.get("suite_hash")}
+        return json.dumps({**rest, **data}, sort_keys=True, default=str)
 
     @property
     def order(self) -> tuple[Any, ...]:
@@ -69,7 +70,9 @@ class Loaded:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """Unfinished and unreadable answers are wrong."""
+        """Unfinished and unreadable answers are wrong; questions without reference answers have no scores."""
+        if not self.header.get("scored", True):
+            return {}
         return {id_: each.score if each.status == "ok" else 0.0 for id_, each in self.accuracy.items()}
 
     @property

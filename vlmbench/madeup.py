@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -132,3 +132,42 @@ def after_clip(method: Method, shape: Shape, per_unit: int, trace: Trace) -> Sha
 def frames_per_unit(adapter: ModelAdapter) -> int:
     """Sampled frames in a temporal unit of this family."""
     return getattr(adapter.vision_config, "temporal_patch_size", 1)
+
+
+def embedded(adapter: ModelAdapter, shape: Shape, seed: int = 0) -> Prompt:
+    """A made-up prompt with random embeddings and the family's own positions, on the model's device."""
+    layout = shape.layout()
+    generator = torch.Generator(adapter.device).manual_seed(seed)
+    size = (1, layout.length, adapter.shapes.hidden)
+    embeds = torch.randn(size, device=adapter.device, dtype=adapter.dtype, generator=generator)
+    positions = torch.arange(layout.length)[None]
+    if adapter.decode_positions(0).dim() == 3:
+        from vlmbench.models.qwen_vl import mrope_positions
+
+        positions = mrope_positions(layout, [1.0])[:, None]
+    return Prompt(embeds, positions.to(adapter.device), layout, int(positions.max()) + 1)
+
+
+def vision_shape(adapter: ModelAdapter, shape: Shape) -> Shape:
+    """`shape` with the tower's own number of tokens where it has only one. Raises `UsageError`."""
+    if adapter.fixed_resolution:
+        return replace(shape, frame_tokens=adapter._tokens_per_frame)  # type: ignore[attr-defined]
+    rows, columns = shape.grid
+    if columns > 200 * rows:
+        raise UsageError(
+            f"--frame-tokens {shape.frame_tokens} is {rows} × {columns}, which the processor refuses as too long a frame."
+        )
+    return shape
+
+
+def vision_clips(adapter: ModelAdapter, shape: Shape, method: Method, trace: Trace) -> tuple[Any, Any]:
+    """Noise whose frames give just the shape's tokens, and what the method's `prepare_clip` leaves of it."""
+    if adapter.fixed_resolution:
+        height = width = adapter.vision_config.image_size
+    else:
+        pixels = adapter.vision_config.patch_size * adapter.vision_config.spatial_merge_size
+        height, width = (side * pixels for side in shape.grid)
+        for part in (adapter.processor.image_processor, adapter.processor.video_processor):
+            part.size = {"shortest_edge": 1, "longest_edge": 2**62}  # as they are: no frame is resized
+    clip = noise(shape.frames * frames_per_unit(adapter), height, width)
+    return clip, method.prepare_clip(clip, trace)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, final
 
 if TYPE_CHECKING:
-    from vlmbench.artefact import Artefact
+    from vlmbench.artefact import Fitted
     from vlmbench.backend import Identity
     from vlmbench.fitting import Fitting
     from vlmbench.layout import Prompt
@@ -60,6 +60,16 @@ class Traits:
 
 
 @dataclass(frozen=True)
+class VisionWork:
+    """What the vision tower did on one sample, from its first block on, counted by a method that changes it."""
+
+    flops: int
+    """Matrix products, multiply-add = 2, whatever the method itself multiplies included."""
+    dense_flops: int
+    """The same on every token."""
+
+
+@dataclass(frozen=True)
 class Work:
     """What the language model did on one sample, counted from shapes and the method's own decisions."""
 
@@ -69,6 +79,10 @@ class Work:
     """Query-key pairs that each layer attended in prefill (one head)."""
     neurons: tuple[int, ...]
     """FFN neurons that each layer used per token."""
+    vision: VisionWork | None = None
+    """None where the method leaves the tower as it is."""
+    own_flops: int = 0
+    """Of the language model beside its layers' own products: what the method adds."""
 
 
 class Method(ABC):
@@ -89,7 +103,7 @@ class Method(ABC):
     def fit(self, suite: Suite) -> None:
         """Learn what the method needs from the suite's train split. Called once, before the first sample."""
 
-    def search(self, fitting: Fitting) -> Artefact:
+    def search(self, fitting: Fitting) -> Fitted:
         """What ``vlmbench fit`` writes: parameters chosen for the loaded model on the suite's train split.
 
         A method with parameters to choose, or weights to train, overrides it. Raises `RunError` when nothing will do.

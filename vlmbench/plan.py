@@ -43,8 +43,6 @@ def plan(
         raise UsageError(f"{method.name} never calls the model, so there is nothing to plan.")
     if new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
-    if dtype == torch.float32:  # neither the full rate nor that of TF32 is among the cards' numbers
-        raise UsageError("--dtype must be bfloat16 or float16, whose matrix rates the cards publish, not float32.")
     found = find(card)
     adapter = counted.model_without_storage(config_of(model), dtype)
     method.check(adapter)
@@ -78,20 +76,24 @@ def stages(
     """The same for any prompt; `adapter` is one without storage."""
     shapes, size = adapter.shapes, adapter.dtype.itemsize
     trace = trace or Trace(sample_id="plan")
+    if not method.traits.sees_vision:
+        pixels = tuple(each.to("meta") for key, each in inputs.items() if key.startswith("pixel"))
+        seen = counted.Stage(cost.Cost(0, 0), bytes_of(*counted.weights(adapter), *pixels))
+    elif "vision" in method.traits.stages:  # what it leaves out of the tower, and of the prompt, shows in its own pass
+        with method.attach(adapter) as trace:
+            seen = counted.vision(adapter, inputs)
+    else:
+        seen = counted.vision(adapter, inputs)
     prompt = method.prepare(bare(layout), trace)
     work = method.work(prompt, shapes, trace)
-    if method.traits.sees_vision:
-        seen = counted.vision(adapter, inputs)
-    else:
-        pixels = tuple(each.to("meta") for key, each in inputs.items() if key.startswith("pixel"))
-        seen = counted.Stage(cost.Cost(0, 0), bytes_of(*counted.weights(adapter), *pixels), pixels)
-    peak, left = counted.prefill_peak(adapter, _empty(adapter, prompt), new_tokens, seen.held)
+    peak, left = counted.prefill_peak(adapter, _empty(adapter, prompt), new_tokens)
     costs = {
         "vision": (seen.cost, seen.peak_bytes),
         "prefill": (cost.prefill(work, shapes, size), peak),
         # The last of the decoded tokens, which sees most.
         "decode": (cost.decode(prompt.length + new_tokens - 1, shapes, size), left),
     }
+    flops_per_s = card.rate(adapter.dtype)
     whole_peak = max(peak for _, peak in costs.values())
     return [
         {
@@ -100,8 +102,8 @@ def stages(
             "visual_tokens": prompt.layout.n_visual,
             "flops": one.flops,
             "bytes": one.bytes,
-            "roofline_s": one.roofline_s(card.flops_per_s, card.bytes_per_s),
-            "bound": "matrix" if one.flops / card.flops_per_s > one.bytes / card.bytes_per_s else "memory",
+            "roofline_s": one.roofline_s(flops_per_s, card.bytes_per_s),
+            "bound": "matrix" if one.flops / flops_per_s > one.bytes / card.bytes_per_s else "memory",
             # The last token's own keys are never needed.
             "kv_bytes": cost.kv_bytes(prompt.length + new_tokens - 1, shapes, size),
             "peak_bytes": peak,

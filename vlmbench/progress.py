@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, terminal: bool | None = None) -> None:
         self.terminal = sys.stderr.isatty() if terminal is None else terminal
         self._bar: Bar | None = None
-        self._what = self._stage = ""
+        self._what = self._stage = self._unit = ""
         self._done = self._total = 0
         self._started_s = self._drawn_s = 0.0
 
@@ -33,17 +33,17 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.finish()
 
-    def start(self, total: int, what: str) -> None:
+    def start(self, total: int, what: str, unit: str = "sample") -> None:
         """A pass of `total` samples begins; `what` is for example ``accuracy · pevlm``. Ends the pass before it."""
         self.finish()
-        self._what, self._stage, self._done, self._total = what, "", 0, total
+        self._what, self._stage, self._done, self._total, self._unit = what, "", 0, total, unit
         self._started_s = time.monotonic()
         if self.terminal:
             self._bar = _bar()
             self._bar.start()
             self._bar.add_task(what, total=total)
         else:
-            self._line(f"{what}: {total} samples")
+            self._line(f"{what}: {total} {unit}s")
 
     def stage(self, text: str) -> None:
         """What the sample in hand is at: ``decode video``, ``prefill``, …"""
@@ -79,7 +79,7 @@ class Progress:
         if self._bar is None or (not force and now_s - self._drawn_s < REDRAW_S):
             return
         self._drawn_s = now_s
-        at = f"sample {min(self._done + 1, self._total)}/{self._total}"
+        at = f"{self._unit} {min(self._done + 1, self._total)}/{self._total}"
         text = " · ".join(part for part in (self._what, at, self._stage) if part)
         task = self._bar.task_ids[0]
         self._bar.update(task, description=self._what if force else text, completed=self._done, refresh=True)

@@ -139,12 +139,16 @@ def _bench_line(name: str, row: Row) -> str:
 
 
 def machine_texts(root: Path) -> dict[Path, str]:
-    """``bench.md`` of every machine with bench rows, as it should read."""
+    """``bench.md`` of every machine with bench rows and ``pevlm.md`` of every one with claims, as they should read."""
+    from vlmbench.claims_text import to_markdown
+
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if rows := bench_rows(folder):
             title = f"# Bench rows on {folder.name}\n\n{_versions(folder)}"
             found[folder / "bench.md"] = f"{title}{bench_table(rows)}\n"
+        if (claims := folder / "pevlm.json").exists():
+            found[folder / "pevlm.md"] = to_markdown(json.loads(claims.read_text(encoding="utf-8")))
     return found
 
 

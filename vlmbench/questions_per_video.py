@@ -14,6 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from vlmbench.session import Session, make_methods
 from vlmbench.spec import Spec, params_of
 
 if TYPE_CHECKING:
-    from vlmbench.backend import Outcome
+    from vlmbench.backend import Backend, Outcome
     from vlmbench.method import Method
     from vlmbench.progress import Progress
     from vlmbench.request import RunRequest
@@ -56,12 +57,15 @@ class Timed:
     """Why a way has no times here."""
 
 
-def run(request: RunRequest, progress: Progress) -> int:
-    """Time the videos, print the table, and return the exit code. Raises `UsageError` and `RunError`."""
+def run(request: RunRequest, progress: Progress, backend: Backend | None = None) -> int:
+    """Time the videos, print the table, and return the exit code. Raises `UsageError` and `RunError`.
+
+    `backend` is one that is loaded already.
+    """
     k = request.questions_per_video
     if k is None:
         raise ValueError("the request has no number of questions per video")
-    with Session(request, progress, stored=False) as session:
+    with Session(request, progress, backend=backend, stored=False) as session:
         methods = [method for method in session.methods if method.traits.uses_model]
         if not methods:
             raise UsageError("--questions-per-video needs a method that calls the model; name one with --method.")
@@ -244,14 +248,17 @@ def _marks(session: Session, method: Method, outcomes: Sequence[Outcome]) -> lis
     return [mark for mark, holds in known.items() if holds]
 
 
-def _write(session: Session, methods: Sequence[Method], rows: Sequence[Mapping[str, Any]], k: int) -> None:
+def path_of(session: Session, methods: Sequence[Method], k: int) -> Path:
     """Beside the runs; what can change an answer or its seconds is in the name's hash, so no command overwrites another's."""
     request = session.request
     folders = [session.folder(method) for method in methods]
     measured = (request.limit, request.timed, request.warmup, request.repeats, request.threads)
     text = json.dumps([sorted(folder.name for folder in folders), measured])
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
-    path = folders[0].parent / f"questions-per-video-{k}-{digest}.json"
+    return folders[0].parent / f"questions-per-video-{k}-{digest}.json"
+
+
+def _write(session: Session, methods: Sequence[Method], rows: Sequence[Mapping[str, Any]], k: int) -> None:
     data = {
         "schema": SCHEMA,
         "rows": rows,
@@ -259,7 +266,7 @@ def _write(session: Session, methods: Sequence[Method], rows: Sequence[Mapping[s
         "frames": session.frames,
         **aside.conditions(session),
     }
-    aside.write(path, data)
+    aside.write(path_of(session, methods, k), data)
 
 
 def to_text(session: Session, rows: Sequence[Mapping[str, Any]], k: int, n_videos: int) -> str:

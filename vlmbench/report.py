@@ -6,14 +6,18 @@ records, here and nowhere else, so that a table can always be made again. How ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vlmbench import stats
+from vlmbench import fidelity, significance, stats
+from vlmbench.errors import UsageError
 from vlmbench.loaded import BASELINE, Loaded, median_of
-from vlmbench.record import FINISHED, SampleRecord, Timing
+from vlmbench.record import FINISHED, Timing
 from vlmbench.rescore import rescore
 from vlmbench.store import ResultStore, Run, RunView
 from vlmbench.tables import COLUMNS, SPANS, Rows, notes, to_csv, to_json, to_markdown
@@ -48,14 +52,44 @@ def rows(source: Path | str | Sequence[RunView | Run], include_dummy: bool = Fal
     """
     found = loaded_rows(source, include_dummy)
     own = [row for _, row in found]
-    return Rows(own, notes([run.view for run, _ in found], own))
+    with _complete(source):
+        return Rows(own, notes([run.view for run, _ in found], own))
 
 
 def loaded_rows(
     source: Path | str | Sequence[RunView | Run], include_dummy: bool = False
 ) -> list[tuple[Loaded, dict[str, Any]]]:
-    """Every run with its row, see `rows`."""
-    views = ResultStore(source).runs() if isinstance(source, (str, Path)) else source
+    """Every run with its row, see `rows`. Raises `UsageError` when something that a table needs is not stored."""
+    views = ResultStore(source).runs(skim=True) if isinstance(source, (str, Path)) else source
+    with _complete(source), _uncollected():
+        return _loaded_rows(views, include_dummy)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Records by the ten thousand hold no cycles; looking for some would take as long as reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+@contextmanager
+def _complete(source: Path | str | Sequence[RunView | Run]) -> Iterator[None]:
+    """What is missing in a header or a record is one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        name = source if isinstance(source, (str, Path)) else source[0].folder
+        raise UsageError(
+            f"{name} holds a run whose header or records lack something ({error}); run it again with --fresh."
+        ) from error
+
+
+def _loaded_rows(views: Sequence[RunView | Run], include_dummy: bool) -> list[tuple[Loaded, dict[str, Any]]]:
     runs = [Loaded(view) for view in views if include_dummy or not view.header["facts"].get("stand_in")]
     groups: dict[str, list[Loaded]] = {}
     for run in sorted(runs, key=lambda run: run.order):
@@ -84,7 +118,7 @@ def _row(run: Loaded, group: Sequence[Loaded]) -> dict[str, Any]:
         "vision_attention_kernel": run.header["kernels"]["vision"],
         "marks": _marks(run, group),
     }
-    clusters = [each.cluster for each in run.accuracy.values()]
+    clusters = [run.accuracy[id_].cluster for id_ in run.scores]
     _put(row, "accuracy", stats.accuracy_interval(list(run.scores.values()), clusters))
     return row | _against(run, full, row) | _times(run) | _speedups(run) | _cost(run)
 
@@ -99,11 +133,13 @@ def _against(run: Loaded, full: Loaded | None, row: dict[str, Any]) -> dict[str,
         return {}
     ids = sorted(run.finished & full.finished)
     pairs = [(run.accuracy[id_], full.accuracy[id_]) for id_ in ids]
-    own_scores, full_scores = ([each.scores[id_] for id_ in ids] for each in (run, full))
-    _put(row, "accuracy_delta", stats.paired_delta(own_scores, full_scores, [own.cluster for own, _ in pairs]))
-    found: dict[str, Any] = {"n_paired": len(ids)}
-    if pairs:
-        found["agreement"] = fmean(_said(own) == _said(other) for own, other in pairs)
+    scored = [id_ for id_ in ids if id_ in run.scores]
+    own_scores, full_scores = ([each.scores[id_] for id_ in scored] for each in (run, full))
+    clusters = [run.accuracy[id_].cluster for id_ in scored]
+    paired = (own_scores, full_scores, clusters)
+    _put(row, "accuracy_delta", stats.paired_delta(*paired))
+    tested = {"mcnemar_p": significance.mcnemar(*paired), "detectable_delta": significance.detectable(*paired)}
+    found: dict[str, Any] = {"n_paired": len(ids), **tested, **fidelity.fidelity(pairs)}
     bounds = []
     for own, other in pairs:
         if own.work and other.work and "prefill" in (run.header["traits"] or {}).get("stages", ()):
@@ -142,13 +178,15 @@ def _speedups(run: Loaded) -> dict[str, Any]:
     stages = (run.header["traits"] or {}).get("stages", ())
     touched = {name for stage in stages for name in _TOUCHED[stage]}
     dense = [timing for each in records for timing in each.baseline_rounds]
-    rests = [(timing.e2e_s, timing.e2e_s - sum(_seconds(timing, name) for name in touched)) for timing in dense]
+    rests = [(timing.e2e_s, timing.e2e_s - math.fsum(_seconds(timing, name) for name in touched)) for timing in dense]
     row["amdahl_e2e"] = median_of(whole / rest for whole, rest in rests if rest > 0) if touched else None
     return row
 
 
 def _cost(run: Loaded) -> dict[str, Any]:
+    recalls = [each for record in run.samples.values() if (each := fidelity.recall(record)) is not None]
     return {
+        "recall": fmean(recalls) if recalls else None,
         "peak_bytes": max((each.peak_bytes for each in run.memory), default=None),
         "peak_extra_bytes": max((each.peak_extra_bytes for each in run.memory), default=None),
         "kv_bytes": median_of(each.kv_bytes for each in run.memory),
@@ -188,13 +226,13 @@ def paired_ratio(dense: Sequence[Timing], own: Sequence[Timing], span: str) -> f
     return median_of(a / b for a, b in seconds if a > 0 and b > 0)
 
 
+def span_seconds(timing: Timing, span: str) -> float:
+    """Seconds of one of `SPANS`; of decoding, a token's."""
+    return _SPAN[span](timing)
+
+
 def _seconds(timing: Timing, name: str) -> float:
     return sum(timing.decode_s) if name == "decode_s" else float(getattr(timing, name))
-
-
-def _said(record: SampleRecord) -> str:
-    """What the sample was answered with; two unreadable answers agree only when their texts do."""
-    return record.raw_text if record.prediction is None else record.prediction
 
 
 def _put(row: dict[str, Any], name: str, estimate: stats.Estimate | None) -> None:

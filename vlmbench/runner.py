@@ -65,11 +65,12 @@ def accuracy(session: Session, entry: Entry) -> None:
     if not missing:
         return
     with session.backend.attach(entry.method):
-        for sample in session.each(missing, f"accuracy · {entry.method.name}"):
-            _append(entry, _scored(session, entry.method, sample))
+        for sample in session.each(missing, f"accuracy · {entry.method.name}", ahead=True):
+            _append(entry, scored(session, entry.method, sample))
 
 
-def _scored(session: Session, method: Method, sample: Sample) -> SampleRecord:
+def scored(session: Session, method: Method, sample: Sample) -> SampleRecord:
+    """One question answered by an attached method, and scored."""
     record = session.blank(sample, "accuracy")
     clips = session.clips(sample, record)
     if clips is None:

@@ -29,6 +29,8 @@ def score(suite: Suite, path: Path) -> list[dict[str, Any]]:
     `UsageError` for a file that cannot be read and for ids that the suite does not have.
     """
     said = read_texts(path)
+    if not suite.scored:
+        raise UsageError(f"{suite.name} has no reference answers to score {path} with; give each question an answer.")
     samples = suite.samples("test")
     unknown = said.keys() - {sample.id for sample in samples}
     if unknown:

@@ -13,8 +13,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vlmbench.ahead import Ahead
 from vlmbench.backend import Backend, Outcome
 from vlmbench.errors import RunError, UsageError
+from vlmbench.frame_cache import FrameCache
 from vlmbench.header import SESSION, make_header, read_header
 from vlmbench.machine import load_backend
 from vlmbench.record import Frame, Pass, SampleRecord, Status, Timing
@@ -24,6 +26,7 @@ from vlmbench.request import RunRequest
 from vlmbench.spec import AnswerSpec, MeasureSpec, build, params_of, parse, parse_chain
 from vlmbench.store import ResultStore, Run
 from vlmbench.suite import Sample, Suite, limited
+from vlmbench.suites._synth.files import cache_root
 from vlmbench.video import SAMPLERS, DecodeError, Decoder, DecodeTimeout, default_decoder
 
 if TYPE_CHECKING:
@@ -83,16 +86,20 @@ class Session:
             raise UsageError(f"Suite {request.suite!r} has no samples.")
         self.methods = chosen
         self._last: tuple[str, tuple[Clip, ...], float] | None = None
+        self._ahead: Ahead[Sample, tuple[tuple[Clip, ...], float]] | None = None
 
     def __enter__(self) -> Session:
         store = ResultStore(self.request.out)
         try:
-            self.decoder = self._open.enter_context(Decoder(self.decoder_name, timeout_s=DECODE_TIMEOUT_S))
+            # Generated videos are small, and rendering them would take the model's own cores.
+            cache = FrameCache(cache_root() / "frames") if self.suite.needs_data else None
+            self.decoder = self._open.enter_context(Decoder(self.decoder_name, DECODE_TIMEOUT_S, cache))
+            self._open.callback(self._stop_ahead)
             self.entries = []
             for method in self.methods if self._stored else ():
                 answer = self._answer_spec(method)
                 header = self._header(answer, method)
-                if changed := _other_code(store, answer, header):
+                for changed in filter(None, (_other_code(store, answer, header), _other_data(store, answer, header))):
                     self.progress.note(changed)
                 opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
                 if opened.repaired:
@@ -119,11 +126,27 @@ class Session:
         """Where this method's run is stored."""
         return self.request.out / self._answer_spec(method).folder
 
-    def each(self, samples: Sequence[Sample], what: str) -> Iterator[Sample]:
+    def each(self, samples: Sequence[Sample], what: str, *, ahead: bool = False) -> Iterator[Sample]:
+        """The samples, one by one; `ahead`: the next two are decoded meanwhile, for passes that measure no time."""
         self.progress.start(len(samples), what)
+        if ahead and self.suite.needs_data and self.backend.needs_media:
+            self._ahead = Ahead(self._ready, samples)
         for sample in samples:
             yield sample
             self.progress.advance()
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _ready(self, sample: Sample) -> tuple[tuple[Clip, ...], float]:
+        self.suite.materialise(sample)
+        return self._decode(sample, self.frames, fresh=False)
+
+    def _stop_ahead(self) -> None:
+        """When a pass is left in the middle its thread may be inside the decoder."""
+        if self._ahead is not None:
+            self.decoder.stop()
+            self._ahead.close()
 
     def timed_samples(self) -> list[Sample]:
         """The first question of each video, as many videos as are to be timed, going round the lengths there are."""
@@ -158,10 +181,14 @@ class Session:
         if not self.backend.needs_media:
             return ()
         try:
-            self.progress.stage("render")
-            self.suite.materialise(sample)
-            self.progress.stage("decode video")
-            clips, seconds = self._decode(sample, frames or self.frames, fresh=timed)
+            if self._ahead is not None:
+                self.progress.stage("decode video")
+                clips, seconds = self._ahead.take(sample)
+            else:
+                self.progress.stage("render")
+                self.suite.materialise(sample)
+                self.progress.stage("decode video")
+                clips, seconds = self._decode(sample, frames or self.frames, fresh=timed)
         except DecodeTimeout as error:
             _fail(record, "timeout", error)
             return None
@@ -189,7 +216,9 @@ class Session:
         if self._last is None or self._last[0] != key or fresh:
             begin = time.perf_counter()
             clips = tuple(
-                self.decoder.read(media.path, kind=media.kind, frames=frames, rule=self.sampler, fps=self.fps)
+                self.decoder.read(
+                    media.path, kind=media.kind, frames=frames, rule=self.sampler, fps=self.fps, fresh=fresh
+                )
                 for media in sample.media
             )
             self._last = (key, clips, time.perf_counter() - begin)
@@ -295,7 +324,7 @@ class Session:
             suite_hash=self.suite.data_hash,
             frame_rule=f"{self.sampler}, {self.frames or 'all'} frames" + (f", {self.fps:g} fps" if self.fps else ""),
         )
-        return {**header, "method_hash": digest}
+        return {**header, "method_hash": digest, **({} if self.suite.scored else {"scored": False})}
 
 
 def _other_code(store: ResultStore, answer: AnswerSpec, header: Mapping[str, Any]) -> str:
@@ -308,9 +337,21 @@ def _other_code(store: ResultStore, answer: AnswerSpec, header: Mapping[str, Any
     return f"{folder}: its records were made before {answer.method}'s code changed; --fresh starts again."
 
 
+def _other_data(store: ResultStore, answer: AnswerSpec, header: Mapping[str, Any]) -> str:
+    """A line when what is stored was asked on other files or questions under the same names."""
+    folder = store.root / answer.folder
+    if not (folder / "header.json").exists() or not header["suite_hash"]:
+        return ""
+    if read_header(folder).get("suite_hash") in (None, "", header["suite_hash"]):
+        return ""
+    return f"{folder}: its records were made before the data of {answer.suite} changed; --fresh starts again."
+
+
 def make_suite(text: str) -> Suite:
     """The suite of a spec. Raises `UsageError`."""
-    spec = parse(text)
+    name = text.strip().partition(":")[0]
+    bare = getattr(suite_registry.load(name), "bare", None) if name in suite_registry.names() else None
+    spec = parse(text, bare)
     return build(suite_registry.load(spec.name), spec, "Suite")
 
 

@@ -21,6 +21,10 @@ from vlmbench.errors import UsageError
 
 T = TypeVar("T")
 
+LATER: Mapping[str, bool] = {"later": True}
+"""``field(default=None, metadata=LATER)``: a parameter that came after runs were stored. While it is None it is in no hash,
+so those runs stay the ones that it leaves as they are."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -35,13 +39,19 @@ class Spec:
         return f"{self.name}:{','.join(f'{key}={_quote(value)}' for key, value in self.params.items())}"
 
 
-def parse(text: str) -> Spec:
-    """Parse one spec. Raises `UsageError` on an empty name, a part without ``=``, or a key given twice."""
+def parse(text: str, bare: str | None = None) -> Spec:
+    """Parse one spec. Raises `UsageError` on an empty name, a part without ``=``, or a key given twice.
+
+    The first part may be without ``=`` where `bare` names the key that it is the value of: ``folder:PATH``.
+    """
     name, _, rest = text.strip().partition(":")
     if not name:
         raise UsageError(f"{text!r} has no name; write name or name:key=value,key=value.")
     params: dict[str, str] = {}
-    for part in _split(rest, ","):
+    for number, part in enumerate(_split(rest, ",")):
+        if bare and number == 0 and ("=" not in part or part.strip()[0] in "'\""):
+            params[bare] = _unquote(part.strip())
+            continue
         key, equals, value = part.partition("=")
         key = key.strip()
         if not equals or not key:
@@ -86,8 +96,9 @@ def build(cls: type[T], spec: Spec, what: str) -> T:
 
 
 def params_of(instance: Any) -> dict[str, Any]:
-    """Every parameter of a method or suite as resolved, defaults included, ready for JSON."""
-    return {f.name: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    """Every parameter of a method or suite as resolved, defaults included (but see `LATER`), ready for JSON."""
+    found = {f: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
+    return {f.name: value for f, value in found.items() if value is not None or not f.metadata.get("later")}
 
 
 @dataclass(frozen=True)

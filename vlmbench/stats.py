@@ -80,7 +80,7 @@ def ratio_interval(ratios: Sequence[float], clusters: Sequence[Hashable], seed: 
         return None
     values = np.asarray(ratios, dtype=float)
     median = float(np.median(values))
-    index, n_clusters = _codes(clusters)
+    index, n_clusters = codes(clusters)
     if n_clusters < MIN_CLUSTERS:
         return Estimate(median, None, None)
     order = np.argsort(values, kind="stable")
@@ -94,12 +94,17 @@ def ratio_interval(ratios: Sequence[float], clusters: Sequence[Hashable], seed: 
         lower = np.argmax(2 * below >= size, axis=1)
         upper = np.argmax(2 * below > size, axis=1)
         medians.append((values[lower] + values[upper]) / 2)
-    tail = math.erfc(math.sqrt(n_clusters / (n_clusters - 1)) * t_quantile(n_clusters - 1) / math.sqrt(2)) / 2
+    tail = bootstrap_tail(n_clusters)
     low, high = np.quantile(np.concatenate(medians), [tail, 1 - tail])
     return Estimate(median, min(float(low), median), max(float(high), median))
 
 
-def _codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
+def bootstrap_tail(n_clusters: int) -> float:
+    """Share of resamples on either side of a percentile interval, a little less than 2.5 % (Hesterberg 2015)."""
+    return math.erfc(math.sqrt(n_clusters / (n_clusters - 1)) * t_quantile(n_clusters - 1) / math.sqrt(2)) / 2
+
+
+def codes(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     """Clusters as integers from 0, and how many there are."""
     import numpy as np
 
@@ -118,7 +123,7 @@ def effective_n(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
 
     if len(values) != len(clusters):
         raise ValueError(f"{len(values)} values need as many clusters, not {len(clusters)}")
-    index, n_clusters = _codes(clusters)
+    index, n_clusters = codes(clusters)
     n, sizes = len(values), np.bincount(index)
     floor = 1.0 / float(((sizes / n) ** 2).sum())
     if n_clusters == 1 or min(values) == max(values):

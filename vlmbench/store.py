@@ -31,8 +31,9 @@ FSYNC_EVERY_S = 1.0
 class Records(Mapping[tuple[str, Pass], SampleRecord]):
     """Records of one file by (id, pass), each parsed when it is first asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """Read and verify every line of `path`; a missing file is an empty one."""
+    def __init__(self, path: Path, skim: bool = False) -> None:
+        """Read and verify every line of `path`; a missing file is an empty one. For `skim` see `SampleRecord.from_line`."""
+        self._skim = skim
         self._found: dict[tuple[str, Pass], bytes | SampleRecord] = {}
         self._status: dict[tuple[str, Pass], Status] = {}
         self.damaged: list[int] = []
@@ -52,7 +53,7 @@ class Records(Mapping[tuple[str, Pass], SampleRecord]):
     def __getitem__(self, key: tuple[str, Pass]) -> SampleRecord:
         found = self._found[key]
         if isinstance(found, bytes):
-            found = self._found[key] = SampleRecord.from_line(found)
+            found = self._found[key] = SampleRecord.from_line(found, skim=self._skim)
         return found
 
     def __iter__(self) -> Iterator[tuple[str, Pass]]:
@@ -84,13 +85,15 @@ class Records(Mapping[tuple[str, Pass], SampleRecord]):
 class RunView:
     """A stored run, to read. A line that another process is writing at this moment is not seen."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, skim: bool = False) -> None:
+        """For `skim` see `SampleRecord.from_line`."""
         self.folder = folder
         self.header = read_header(folder)
+        self._skim = skim
 
     @cached_property
     def records(self) -> Records:
-        return Records(self.folder / "samples.jsonl")
+        return Records(self.folder / "samples.jsonl", self._skim)
 
 
 class Run:
@@ -227,9 +230,12 @@ class ResultStore:
         """Open a stored run for maintenance, such as scoring again: its status and sessions stay as they are."""
         return Run(view.folder, None)
 
-    def runs(self) -> list[RunView]:
-        """Every run at or below the directory, sorted by folder. Raises `UsageError` when there is none."""
+    def runs(self, skim: bool = False) -> list[RunView]:
+        """Every run at or below the directory, sorted by folder. Raises `UsageError` when there is none.
+
+        For `skim` see `SampleRecord.from_line`; what is read so is for tables and never written back.
+        """
         folders = sorted(path.parent for path in self.root.rglob("header.json"))
         if not folders:
             raise UsageError(f"{self.root} holds no results; name a folder that `vlmbench run --out` wrote.")
-        return [RunView(folder) for folder in folders]
+        return [RunView(folder, skim) for folder in folders]

@@ -79,6 +79,11 @@ class Suite(ABC):
         """A short hash of what the samples are made of; it goes into the header."""
         return ""
 
+    @property
+    def scored(self) -> bool:
+        """False when no question has a reference answer: methods are then only compared with full attention."""
+        return True
+
     def located(self, root: Path | None, *, allow_partial: bool = False, offline: bool = False) -> Self:
         """This suite with its data found and checked, before a model is loaded. Raises `UsageError`."""
         if root is not None or allow_partial:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from vlmbench import plain
 from vlmbench.record import SCHEMA
 from vlmbench.work import FORMULA
 
@@ -24,7 +25,8 @@ COLUMNS: tuple[str, ...] = (
     *("model", "suite", "method", "params", "baseline"),
     *("n", "n_failed", "n_paired", "n_inactive", "frames", "n_visual_tokens"),
     *("accuracy", "accuracy_low", "accuracy_high"),
-    *("accuracy_delta", "accuracy_delta_low", "accuracy_delta_high", "agreement"),
+    *("accuracy_delta", "accuracy_delta_low", "accuracy_delta_high", "mcnemar_p", "detectable_delta"),
+    *("agreement", "first_token_match", "first_token_kl", "greedy_prefix", "recall"),
     *("video_s", "preprocess_s", "vision_s", "prepare_s", "prefill_s", "ttft_s", "decode_s_per_token", "e2e_s"),
     *(f"speedup_{span}{part}" for span in SPANS for part in ("", "_low", "_high", "_same_kernel")),
     *("amdahl_prefill", "amdahl_e2e"),
@@ -52,7 +54,8 @@ def to_csv(rows: Sequence[Row]) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({**row, "marks": " ".join(row["marks"])} for row in rows)
+    texts = ({**row, "marks": " ".join(row["marks"])} for row in rows)
+    writer.writerows({name: plain.spreadsheet(value) for name, value in row.items()} for row in texts)
     return out.getvalue()
 
 
@@ -60,11 +63,11 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """One table for each model and suite, rounded, without empty columns; `Rows.notes` stand below."""
     parts = []
     for (model, suite), group in groupby(rows, key=lambda row: (row["model"], row["suite"])):
-        parts += [f"**{model}** on **{suite}**", _markdown_table(list(group))]
+        parts += [f"**{plain.cell(model)}** on **{plain.cell(suite)}**", _markdown_table(list(group))]
     if not rows:
         parts.append("No results.")
     if below := getattr(rows, "notes", ()):
-        parts.append("\n".join(f"- {note}" for note in below))
+        parts.append("\n".join(f"- {plain.note(each)}" for each in below))
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,6 +96,11 @@ def _interval(row: Row, name: str, form: str, unit: str = "") -> str:
     return shown if low is None else f"{shown} [{low:{form}}, {high:{form}}]"
 
 
+def p_text(p: float | None) -> str:
+    """As papers print it: two digits, and a bound where they would say nothing."""
+    return NOTHING if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def _speedup(span: str) -> Callable[[Row], str]:
     def show(row: Row) -> str:
         shown = _interval(row, f"speedup_{span}", ".2f", "×")
@@ -104,8 +112,7 @@ def _speedup(span: str) -> Callable[[Row], str]:
 
 def method_text(row: Row) -> str:
     """The method as one would type it, as code in a Markdown cell."""
-    text = f"{row['method']}:{row['params']}" if row["params"] else str(row["method"])
-    return "`" + text.replace("|", "\\|") + "`"
+    return plain.code(f"{row['method']}:{row['params']}" if row["params"] else row["method"])
 
 
 def _counted(row: Row) -> str:
@@ -115,15 +122,20 @@ def _counted(row: Row) -> str:
 
 _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("method", method_text),
-    ("device", lambda row: str(row["device"])),
-    ("dtype", lambda row: str(row["dtype"])),
-    ("attention", lambda row: str(row["attention_kernel"])),
+    ("device", lambda row: plain.cell(row["device"])),
+    ("dtype", lambda row: plain.cell(row["dtype"])),
+    ("attention", lambda row: plain.cell(row["attention_kernel"])),
     ("frames", lambda row: _number(row, "frames", "d")),
     ("n", _counted),
     ("visual tokens", lambda row: _number(row, "n_visual_tokens", ".0f")),
     ("accuracy", lambda row: _interval(row, "accuracy", ".2f")),
     ("against full", lambda row: _interval(row, "accuracy_delta", "+z.2f")),
+    ("p", lambda row: p_text(row["mcnemar_p"])),
     ("same answer", lambda row: _number(row, "agreement", ".2f")),
+    ("same first token", lambda row: _number(row, "first_token_match", ".2f")),
+    ("its KL", lambda row: _number(row, "first_token_kl", ".2g")),
+    ("same prefix", lambda row: _number(row, "greedy_prefix", ".1f")),
+    ("recall", lambda row: _number(row, "recall", ".2f")),
     ("vision ×", _speedup("vision")),
     ("prefill ×", _speedup("prefill")),
     ("first token ×", _speedup("ttft")),
@@ -155,8 +167,10 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
     if any(row["accuracy"] is not None for row in rows):
         said.append(
             "accuracy counts every sample, unfinished ones as wrong; brackets are 95 % intervals clustered by video; "
-            "`against full` and `same answer` are over samples that both finished"
+            "`against full` and what follows it are over samples that both finished"
         )
+    if any(row["agreement"] is not None for row in rows):
+        said += [fidelity_text(rows)]
     if any(row[f"speedup_{span}"] is not None for row in rows for span in SPANS):
         said.append(
             "×: speed-up over full attention with the best dense kernel (above 1 is faster), median "
@@ -177,6 +191,22 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
         if run.records.damaged:
             said.append(f"{run.folder.name}: {len(run.records.damaged)} damaged lines are left out")
     return said
+
+
+def fidelity_text(rows: Sequence[Row]) -> str:
+    """What stands between accuracy and time: the test, what it could have seen, and the nearness to full attention."""
+    least = sorted(row["detectable_delta"] for row in rows if row["detectable_delta"] is not None)
+    seen = (
+        f"{least[0]:.2f}" + (f" to {least[-1]:.2f}" if f"{least[0]:.2f}" != f"{least[-1]:.2f}" else "") if least else ""
+    )
+    parts = [
+        "`p`: McNemar's test against full attention, exact, by video, of each row alone" if least else "",
+        f"so many samples show a difference of {seen} in four of five cases" if seen else "",
+        "`KL`: of the first token, nats, at least; `same prefix`: tokens before the first that differs"
+        if any(row["greedy_prefix"] is not None for row in rows)
+        else "",
+    ]
+    return "; ".join(filter(None, parts)) or "`same answer`: share of the samples answered as by full attention"
 
 
 def timed_text(runs: Sequence[RunView | Run]) -> str:

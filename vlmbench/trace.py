@@ -15,6 +15,8 @@ class Trace:
     """Stage or layer name -> indices kept there, in the numbering before that stage."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Densities, recalls, plans: small and ready for JSON."""
+    scratch: dict[str, Any] = field(default_factory=dict)
+    """What one stage of a method hands to a later one (tensors too), under the method's name; never written anywhere."""
     applied: bool = True
     reason: str = ""
     sample_id: str = ""
@@ -29,6 +31,7 @@ class Trace:
         self.sample_id = sample_id
         self.kept.clear()
         self.facts.clear()
+        self.scratch.clear()
         self.applied, self.reason = True, ""
 
     def to_json(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from vlmbench.sampling import SAMPLERS, sample_indices
 if TYPE_CHECKING:
     import numpy as np
 
+    from vlmbench.frame_cache import FrameCache
+
 __all__ = ["SAMPLERS", "Clip", "DecodeError", "DecodeTimeout", "Decoder", "default_decoder", "sample_indices"]
 
 DECODERS = ("decord", "pyav")
@@ -56,14 +58,16 @@ def default_decoder() -> str:
 
 
 class Decoder:
-    """One worker process, started when first needed and again after a time-out. A context manager."""
+    """One worker process, started when first needed and again after a time-out. A context manager; one thread at a time."""
 
-    def __init__(self, name: str | None = None, timeout_s: float = 60.0) -> None:
-        """Raises `UsageError` for an unknown decoder."""
+    def __init__(self, name: str | None = None, timeout_s: float = 60.0, cache: FrameCache | None = None) -> None:
+        """`cache` is where decoded videos are looked for first. Raises `UsageError` for an unknown decoder."""
         self.name = name or default_decoder()
         if self.name not in DECODERS:
             raise UsageError(f"The decoder must be one of {', '.join(DECODERS)}, not {self.name!r}.")
         self.timeout_s = timeout_s
+        self.cache = cache
+        self._ended = False
         self._worker: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -73,15 +77,39 @@ class Decoder:
         self.close()
 
     def read(
-        self, path: Path, *, kind: Literal["video", "image"], frames: int | None, rule: str, fps: float | None = None
+        self,
+        path: Path,
+        *,
+        kind: Literal["video", "image"],
+        frames: int | None,
+        rule: str,
+        fps: float | None = None,
+        fresh: bool = False,
     ) -> Clip:
-        """At most `frames` frames (None: all) picked by `rule`. Raises `DecodeError` and `DecodeTimeout`."""
+        """At most `frames` frames (None: all) picked by `rule`; `fresh`: decoded now, whatever the cache holds.
+
+        Raises `DecodeError` and `DecodeTimeout`.
+        """
         if kind == "image":
             return _picture(path)
-        answer = self._ask(Request(str(path), self.name, rule, frames, fps))
-        if isinstance(answer, str):
-            raise DecodeError(f"{path.name} cannot be decoded with {self.name}: {answer}.")
-        return Clip(answer.frames, tuple(answer.indices), tuple(answer.times_s), answer.fps, "video", path)
+        request = Request(str(path), self.name, rule, frames, fps)
+        cache = None if fresh else self.cache
+        key = cache.key(request) if cache else None
+        found = cache.read(key) if cache and key else None
+        if found is None:
+            answer = self._ask(request)
+            if isinstance(answer, str):
+                raise DecodeError(f"{path.name} cannot be decoded with {self.name}: {answer}.")
+            found = answer
+            if cache and key:
+                cache.write(key, found)
+        return Clip(found.frames, tuple(found.indices), tuple(found.times_s), found.fps, "video", path)
+
+    def stop(self) -> None:
+        """From another thread: whoever is decoding gets a `DecodeError` now, and so does every later call."""
+        self._ended = True
+        if (worker := self._worker) is not None:
+            worker.kill()
 
     def close(self) -> None:
         """End the worker."""
@@ -95,6 +123,8 @@ class Decoder:
             self._worker = None
 
     def _ask(self, request: Request) -> Decoded | str:
+        if self._ended:
+            raise DecodeError(f"{Path(request.path).name} was not decoded: the run is ending.")
         worker = self._started()
         data = pickle.dumps(request)
         deadline = time.monotonic() + self.timeout_s

@@ -28,15 +28,18 @@ def flops(work: Work, shapes: Shapes) -> int:
         for tokens, neurons in zip(work.tokens, work.neurons, strict=True)
     )
     head = 2 * shapes.hidden * shapes.vocab if any(work.tokens) else 0
-    return dense + attention_flops(work, shapes) + head
+    return dense + attention_flops(work, shapes) + head + work.own_flops
 
 
 def to_json(work: Work, shapes: Shapes) -> dict[str, Any]:
     """The `work` field of a sample record."""
-    return {
+    found: dict[str, Any] = {
         "tokens": list(work.tokens),
         "pairs": list(work.pairs),
         "neurons": list(work.neurons),
         "flops": flops(work, shapes),
         "attention_flops": attention_flops(work, shapes),
     }
+    if work.vision is not None:
+        found |= {"vision_flops": work.vision.flops, "vision_dense_flops": work.vision.dense_flops}
+    return found

@@ -22,8 +22,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from vlmbench.errors import UsageError
 from vlmbench.suite import Media, Sample, Suite
-from vlmbench.suites._official import data
-from vlmbench.suites._official.data import Table
+from vlmbench.suites._official import data, subtitles
+from vlmbench.suites._official.data import Row, Table
+from vlmbench.suites._official.subtitles import Line
 from vlmbench.suites._synth.files import cache_root
 
 Style = Literal["official", "lmms-eval", "vlmevalkit"]
@@ -43,8 +44,15 @@ class OfficialSuite(Suite):
     """Names on the hub: the present one, then older ones."""
     media_on_hub: ClassVar[bool] = True
     """False where the hub's rows have no media beside them: videos come in archives."""
+    archives: ClassVar[tuple[str, ...]] = ()
+    """Glob patterns of the archives that media come in; parts of one archive match one pattern ending in ``.part.*``."""
+    size: ClassVar[str]
+    """What there is to fetch, for people."""
     n_rows: ClassVar[int]
     """Rows of the official file."""
+    lmms_task: ClassVar[str]
+    """The task of lmms-eval that scores the same rows."""
+    id_field: ClassVar[str] = "question_id"
     layouts: ClassVar[Mapping[str, str]]
     """Layout -> glob pattern of its annotation files, in ``ROOT/<suite>`` or in ROOT itself."""
 
@@ -73,13 +81,45 @@ class OfficialSuite(Suite):
     def _samples(self, table: Table) -> Iterable[Sample]:
         """One sample a row, in the file's order. Raises `UsageError` for a row that is not as it should be."""
 
+    def fetch(self, root: Path) -> str:
+        """How the data comes to `root`: the size and the commands."""
+        unpacked = (
+            "" if self.media_on_hub else f" and then `vlmbench data prepare --suite {self.name} --data-root {root}`"
+        )
+        return (
+            f"fetch it ({self.size}) with `hf download {self.hub[0]} --repo-type dataset --local-dir {root / self.name}`"
+            f"{unpacked}"
+        )
+
+    def rows_by_id(self) -> dict[str, Row]:
+        """Sample id -> the row as the hub has it, which lmms-eval's scorers take."""
+        return {str(row.get(self.id_field, f"row-{row.get('number')}")): row for row in self._table.rows}
+
+    def seconds_stated(self, sample: Sample) -> tuple[float, float] | None:
+        """Least and most seconds that the data set says the sample's video has; None when it says nothing."""
+        return None
+
+    def subtitle_files(self) -> tuple[list[Path], int]:
+        """(files that are there, how many there should be), whether or not `subtitles` are asked for."""
+        return [], 0
+
+    @staticmethod
+    def read_subtitles(path: Path) -> Sequence[Line]:
+        """The lines of one of `subtitle_files`. Raises `OSError` and `ValueError`."""
+        return subtitles.read_srt(path)
+
     # -- the suite ------------------------------------------------------------------------------------------------------
 
     def located(self, root: Path | None, *, allow_partial: bool = False, offline: bool = False) -> Self:
+        suite = self.at(root, allow_partial=allow_partial, offline=offline)
+        suite.samples()
+        return suite
+
+    def at(self, root: Path | None, *, allow_partial: bool = False, offline: bool = False) -> Self:
+        """This suite with its folder named and nothing read yet."""
         suite = dataclasses.replace(self, partial=self.partial or allow_partial)
         object.__setattr__(suite, "_root", root)
         object.__setattr__(suite, "_offline", offline)
-        suite.samples()
         return suite
 
     def samples(self, split: Literal["test", "train"] = "test") -> Sequence[Sample]:
@@ -101,7 +141,7 @@ class OfficialSuite(Suite):
             raise UsageError(
                 f"{self.name} needs --data-root, a folder with {self.name}/ in it ({wanted}; {self.hub[0]} on the hub){rows}."
             )
-        return self._local(*data.find(root, self.name, self.layouts, self.hub[0]))
+        return self._local(*data.find(root, self.name, self.layouts, self.fetch(root)))
 
     @cached_property
     def _all(self) -> list[Sample]:
@@ -125,7 +165,12 @@ class OfficialSuite(Suite):
         found = [sample for sample in samples if all(media.path not in missing for media in sample.media)]
         if missing and (not self.partial or not found):
             first = next(path for path in paths if path in missing)
-            remedy = "unpack its archives there" if len(missing) == len(paths) else "put them there"
+            remedy = "put them there"
+            if len(missing) == len(paths):
+                root = self._root or Path()
+                remedy = (
+                    f"unpack its archives there with `vlmbench data prepare --suite {self.name} --data-root {root}`"
+                )
             partial = "" if not found else ", or run what is there with --allow-partial"
             raise UsageError(
                 f"{len(missing)} of {len(paths)} files of {self.name} are missing in {first.parent} (the first: "

@@ -1,7 +1,8 @@
 """The letter that a text answers a multiple-choice question with, or none: never a guess, and never the first capital.
 
-Tried in this order: the whole text is a letter; it starts with one ("B. a dog"); "answer is B" or "boxed{B}"; it is one
-option's own words; exactly one letter stands in brackets, or as a word of its own. Two letters with equal claim are none.
+Tried in this order: the whole text, or its first line alone, is a letter; it starts with one ("B. a dog"); "answer is B" or
+"boxed{B}"; it is one option's own words; exactly one letter stands in brackets, or as a word of its own. Two letters with
+equal claim are none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ def read_letter(text: str, options: Sequence[str]) -> str | None:
     any_case = f"[{known}{known.lower()}]"
     if found := re.fullmatch(rf"[\W_]*({any_case})[\W_]*", text):
         return found[1].upper()
+    alone = [re.fullmatch(rf"[\W_]*({any_case})[\W_]*", line) for line in text.splitlines()]
+    if alone and alone[0] and sum(map(bool, alone)) == 1:  # an explanation follows
+        return alone[0][1].upper()
     # "A) and B)" starts with a letter too, but does not choose it; "A.M." is no letter.
     more = rf"(?!\s*(?:and|or|&|/)\s*\W?{any_case}\b)"
     if found := re.match(rf"[\W_]*(?:([{known}])[.):](?!\w\.)|\(({any_case})\)){more}", text):

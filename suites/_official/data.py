@@ -6,6 +6,7 @@ Pictures inside parquet files are read one row group at a time: VQAv2's validati
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ class Table:
         return self
 
 
-def find(root: Path, name: str, layouts: Mapping[str, str], hub: str) -> tuple[Path, str, list[Path]]:
+def find(root: Path, name: str, layouts: Mapping[str, str], remedy: str) -> tuple[Path, str, list[Path]]:
     """(folder, layout, files) of the first layout whose pattern matches, in ``root/name`` or `root` itself.
 
-    `layouts` maps a name to a glob pattern; `hub` is where the files can be had. Raises `UsageError`.
+    `layouts` maps a name to a glob pattern; `remedy` says how the files can be had. Raises `UsageError`.
     """
     if not root.is_dir():
         raise UsageError(f"--data-root {root} is no folder; name the one that holds {name}/.")
@@ -59,10 +60,7 @@ def find(root: Path, name: str, layouts: Mapping[str, str], hub: str) -> tuple[P
             if files := sorted(path for path in folder.glob(pattern) if path.is_file()):
                 return folder, layout, files
     expected = ", ".join(dict.fromkeys(layouts.values()))
-    raise UsageError(
-        f"{root / name} holds none of {name}'s files ({expected}); fetch {hub} from the hub into it, or name "
-        f"another --data-root."
-    )
+    raise UsageError(f"{root / name} holds none of {name}'s files ({expected}); {remedy}, or name another --data-root.")
 
 
 def read_json(path: Path) -> Any:
@@ -99,6 +97,10 @@ def read_parquet(paths: Sequence[Path], folder: Path) -> Table:
 
 def from_hub(names: Sequence[str], revision: str, config: str | None, split: str) -> Table:
     """Rows at one commit of the first of `names` (a data set that moved has two) that can be read. Raises `UsageError`."""
+    if not re.fullmatch(r"[0-9a-f]{1,40}", revision):
+        raise UsageError(
+            f"revision must be a commit of {names[0]}, not {revision!r}: a branch or tag can change; copy it from its history."
+        )
     try:
         import datasets
     except ImportError:
@@ -114,7 +116,13 @@ def from_hub(names: Sequence[str], revision: str, config: str | None, split: str
         if PICTURE not in found.column_names:
             return Table(found.to_list(), origin)
         return _with_pictures(found.cast_column(PICTURE, datasets.Image(decode=False)), origin)
-    raise UsageError(f"The hub gives no rows at revision {revision!r} ({'; '.join(faults)}); give --data-root.")
+    gated = any(word in " ".join(faults).lower() for word in _CLOSED)
+    login = f"accept the conditions of {names[0]} on the hub and log in with `hf auth login`, or " if gated else ""
+    raise UsageError(f"The hub gives no rows at revision {revision!r} ({'; '.join(faults)}); {login}give --data-root.")
+
+
+_CLOSED = ("gated", "authenticated", "401", "403", "unauthorized", "forbidden")
+"""Words of the hub for a data set that wants to know who is asking."""
 
 
 def _with_pictures(found: Any, origin: str) -> Table:

@@ -34,7 +34,8 @@ TEMPLATES = {
     "speaker": "which animal says {number} ?",
     "beside": "which animal speaks at the {color} {shape} ?",
 }
-TYPES = (*FROM_FRAMES, *TEMPLATES)
+TEXT_TYPES = tuple(TEMPLATES)
+TYPES = (*FROM_FRAMES, *TEXT_TYPES)
 
 CAPTION_VOCABULARY = tuple(
     dict.fromkeys(

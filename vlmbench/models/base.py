@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vlmbench.cache import new_cache
+from vlmbench.chunked import in_pieces
 from vlmbench.layout import Prompt, Span
 
 if TYPE_CHECKING:
@@ -218,14 +219,15 @@ class ModelAdapter(ABC):
 
     def prefill(self, prompt: Prompt, cache: Cache) -> Tensor:
         """Run the whole prompt and return the last position's logits ``[1, V]``."""
-        hidden = self.text(
-            inputs_embeds=prompt.embeds,
-            position_ids=prompt.positions,
-            past_key_values=cache,
-            use_cache=True,
-            vlmbench_layout=prompt.layout,
-            **prompt.extras,
-        ).last_hidden_state
+        with in_pieces(self, prompt.length):
+            hidden = self.text(
+                inputs_embeds=prompt.embeds,
+                position_ids=prompt.positions,
+                past_key_values=cache,
+                use_cache=True,
+                vlmbench_layout=prompt.layout,
+                **prompt.extras,
+            ).last_hidden_state
         return self.model.lm_head(hidden[:, -1])
 
     def decode(self, token: Tensor, position: int, cache: Cache) -> Tensor:

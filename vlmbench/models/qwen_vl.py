@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision, eager_attention_forward
 
+from vlmbench.chunked import pieces_of
 from vlmbench.layout import Prompt, Span, TokenLayout
 from vlmbench.models.base import Features, Inputs, ModelAdapter, runs_of, scatter, text_between
 
@@ -54,11 +55,9 @@ class QwenVL(ModelAdapter):
                 ).pooler_output
             )
         if "pixel_values_videos" in inputs:
-            video = torch.cat(
-                core.get_video_features(
-                    inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-                ).pooler_output
-            )
+            pieces = pieces_of(self.vision_blocks, inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            found = [core.get_video_features(*piece, return_dict=True).pooler_output for piece in pieces]
+            video = torch.cat([each for piece in found for each in piece])
         return Features(image, video)
 
     def splice(self, inputs: Inputs, features: Features) -> Prompt:

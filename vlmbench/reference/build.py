@@ -220,6 +220,33 @@ def _first_weights(language: nn.Module, std: float = 0.06, damping: float = 0.15
         query.view(groups.shape[0], -1, *groups.shape[2:]).mul_(0.5).add_(groups)
 
 
+@torch.no_grad()
+def match_words(language: nn.Module, words: torch.Tensor, seed: int, key: float = 0.18, value: float = 2.0) -> None:
+    """Let one head of layers 3 and 4 attend from a word to where the same word is held, and copy such words from there.
+
+    words: [n, C], their embeddings; n < C. What `_first_weights` does for all words wears off for those that no question
+    has needed yet. Keys and queries change in the slower half of the rotary frequencies, which hold over long distances.
+    In a trial of one seed look-ups in captions were learned in 300 steps with this, and in as many without it not begun.
+    """
+    basis = torch.linalg.qr(words.T).Q
+    projection = (basis @ basis.T).cpu()
+    draw = torch.Generator().manual_seed(seed)
+    for layer in language.layers[2:4]:  # type: ignore[index]
+        attention = layer.self_attn
+        size = attention.head_dim
+        groups = attention.k_proj.weight.shape[0] // size
+        head = attention.q_proj.weight.shape[0] // size // groups * (groups - 1)  # the first of the last group
+        slow = [*range(size // 4, size // 2), *range(3 * size // 4, size)]
+        same = torch.zeros(size, words.shape[1])
+        same[slow] = torch.randn(len(slow), words.shape[1], generator=draw) * key
+        copied = torch.randn(size, words.shape[1], generator=draw) @ projection
+        copied *= value / copied.norm()
+        attention.q_proj.weight[head * size : (head + 1) * size] += (same @ projection).to(words.device)
+        attention.k_proj.weight[-size:] += (same @ projection).to(words.device)
+        attention.v_proj.weight[-size:] += copied.to(words.device)
+        attention.o_proj.weight[:, head * size : (head + 1) * size] += copied.T.to(words.device)
+
+
 def save_folder(model: Model, name: str, vocabulary: Iterable[str], folder: Path) -> None:
     """A complete checkpoint folder: what `AutoModelForImageTextToText` and `AutoProcessor` need."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,7 @@ def rows(runs: Path, models: Sequence[str], losses: Sequence[Loss] = LOSSES) -> 
     found = [
         run
         for run in map(Loaded, ResultStore(runs).runs())
-        if run.spec["suite"] == "synthvideo" and not {"type", "depth"} & _given(run.spec["suite_params"])
+        if run.spec["suite"] == "synthvideo" and not {"type", "depth", "cuts"} & _given(run.spec["suite_params"])
     ]
 
     def one(model: str, length: int, frames: int | None, method: str) -> Loaded:

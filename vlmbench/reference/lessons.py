@@ -12,7 +12,18 @@ from transformers import PreTrainedTokenizerFast
 
 from vlmbench.reference.build import HIDDEN, TOKENS_PER_UNIT, Model
 from vlmbench.reference.data import IMAGE, Library, Pool
-from vlmbench.reference.hints import DEPTH, OrderHeads, RemarkHeads, order_targets, remark_targets
+from vlmbench.reference.hints import (
+    DEPTH,
+    NAMED_DEPTH,
+    REMARK_DEPTH,
+    OrderHeads,
+    RemarkHeads,
+    named_targets,
+    order_targets,
+    remark_targets,
+    said_loss,
+    said_targets,
+)
 from vlmbench.reference.prompts import IGNORED, Batch, image_prefix, make_batch, video_prefix
 from vlmbench.reference.recipes import Phase, type_weights
 from vlmbench.suites._synth.captions import EVERY, captions, make_remarks, mixed_questions
@@ -28,12 +39,16 @@ class Lesson(NamedTuple):
     """[B, n, C] of the clips, without newlines."""
     order: torch.Tensor | None
     """int64 [B, n, 3], see `order_targets`; none for pictures."""
+    named: torch.Tensor | None
+    """int64 [B, L, 3], see `named_targets`; none for pictures."""
     remarks: torch.Tensor | None
-    """int64 [B, L, 3], see `remark_targets`; none without captions."""
+    """int64 [B, L, 4], see `remark_targets`; none without captions."""
+    said: torch.Tensor | None
+    """int64 [B, L], see `said_targets`; none without captions."""
 
     def to(self, device: torch.device | str) -> Lesson:
-        order, remarks = (None if each is None else each.to(device) for each in (self.order, self.remarks))
-        return Lesson(self.batch.to(device), self.features.to(device), order, remarks)
+        hints = (None if each is None else each.to(device) for each in self[2:])
+        return Lesson(self.batch.to(device), self.features.to(device), *hints)
 
 
 @dataclass(frozen=True)
@@ -54,7 +69,7 @@ class Source:
             clips = rng.integers(0, len(self.pictures.scenes), rows_of(per_clip, tokens))
             asked = [sample_questions(questions(self.pictures.scenes[c], rng), rng, pairs) for c in clips]
             features = self.picture_features[torch.from_numpy(clips)]
-            return Lesson(make_batch(image_prefix(self.model), asked, self.tokenizer), features, None, None)
+            return Lesson(make_batch(image_prefix(self.model), asked, self.tokenizer), features, None, None, None, None)
         n_units, with_text = int(kind.split("+")[0]), kind.endswith("+text")
         size, group = rows_of(n_units * TOKENS_PER_UNIT, tokens), self.library.group
         drawn = [self.library.assemble(n_units, _n_events(n_units, rng), rng) for _ in range(size)]
@@ -65,9 +80,13 @@ class Source:
             blanks = torch.stack([gaps(scene, n_units, span, group, with_text, rng) for scene in scenes])
         prefix = video_prefix(self.model, n_units, with_text)
         batch = make_batch(prefix, asked, self.tokenizer, texts, blanks)
-        remarks = remark_targets(scenes, prefix, batch.ids.shape[1]) if with_text else None
+        remarks = said = None
+        if with_text:
+            remarks = remark_targets(scenes, prefix, batch, self.tokenizer)
+            said = said_targets(asked, batch, self.tokenizer)
         features = self.library.features[torch.from_numpy(np.stack([rows for rows, _ in drawn]))].flatten(1, 2)
-        return Lesson(batch, features, order_targets(scenes, n_units, group), remarks)
+        named = named_targets(scenes, batch, self.tokenizer)
+        return Lesson(batch, features, order_targets(scenes, n_units, group), named, remarks, said)
 
 
 def rows_of(tokens_per_clip: int, tokens: int) -> int:
@@ -146,6 +165,8 @@ class Hints:
     remark: RemarkHeads
     words: tuple[torch.Tensor, ...]
     """Token ids of REMARK_WORDS."""
+    said_words: torch.Tensor
+    """Token ids of SAID_WORDS."""
 
 
 def language_step(model: Model, hints: Hints, lesson: Lesson, phase: Phase) -> tuple[torch.Tensor, dict[str, float]]:
@@ -159,11 +180,13 @@ def language_step(model: Model, hints: Hints, lesson: Lesson, phase: Phase) -> t
     loss = (each * batch.answer_weights(type_weights(phase.focus))).mean()
     seen = {"answers": each.mean().item(), "tokens": float((logits.argmax(-1) == want).float().mean())}
     order, remark = phase.hints
-    if lesson.order is not None and order:
+    if lesson.order is not None and lesson.named is not None and order:
         asked = hints.order(hidden[DEPTH][:, batch.visual], lesson.order)
-        loss, seen["order"] = loss + order * asked, asked.item()
-    if lesson.remarks is not None and remark:
+        named = hints.order(hidden[NAMED_DEPTH], lesson.named)
+        loss, seen["order"], seen["named"] = loss + order * (asked + named), asked.item(), named.item()
+    if lesson.remarks is not None and lesson.said is not None and remark:
         embeddings = model.get_input_embeddings().weight
-        asked = hints.remark(hidden[DEPTH], lesson.remarks, tuple(embeddings[ids] for ids in hints.words))
-        loss, seen["remark"] = loss + remark * asked, asked.item()
+        asked = hints.remark(hidden[REMARK_DEPTH], lesson.remarks, tuple(embeddings[ids] for ids in hints.words))
+        said = said_loss(hidden[NAMED_DEPTH], lesson.said, embeddings[hints.said_words])
+        loss, seen["remark"], seen["said"] = loss + remark * (asked + said), asked.item(), said.item()
     return loss, seen

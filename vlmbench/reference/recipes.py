@@ -53,6 +53,9 @@ class Stage:
     horizon: int | None = None
     """Steps after which the rate would reach its end; more than `steps` where the next stage goes on sooner."""
 
+    match: bool = False
+    """Whether it begins with `build.match_words` on the words of captions."""
+
     def phase_at(self, step: int) -> Phase:
         return next(phase for phase in self.phases if step < phase.until * (self.horizon or self.steps))
 
@@ -80,6 +83,56 @@ class Recipe:
 
 _LLAVA_SPANS = (0, 0, 64, 128, 256, 384)
 _QWEN_SPANS = (0, 0, 32, 64, 128, 192)
+
+
+def _ending(spans: tuple[int, ...], longest: str, matching: int) -> tuple[Stage, ...]:
+    """The last stages of both models: look-ups in captions, then all lengths."""
+    short = ("8", "12", "4+text", "8+text", "8+text", "8+text", "12+text")
+    return (
+        Stage("said", 300, 2e-3, (Phase(1, short, 16, spans, (0.2, 1.0), 4.0),), tokens=1500, horizon=1000),
+        Stage(
+            "match",
+            matching,
+            2e-3,
+            (Phase(1, short, 16, spans, (0.2, 1.0), 4.0),),
+            tokens=1500,
+            horizon=1000,
+            match=True,
+        ),
+        Stage(
+            "length",
+            700,
+            1.5e-3,
+            (
+                Phase(
+                    0.6,
+                    ("8", "12", "16", "16", "32", IMAGE, "8+text", "8+text", "12+text", "16+text"),
+                    18,
+                    spans,
+                    (0.3, 0.6),
+                    3.0,
+                ),
+                Phase(
+                    1,
+                    ("8", "16", "32", "64", longest, IMAGE, "8+text", "16+text", "32+text", "64+text"),
+                    20,
+                    spans,
+                    (0.2, 0.3),
+                    2.0,
+                ),
+            ),
+            tokens=2400,
+        ),
+        # Lists and places in the longest videos come last, and every type counts the same.
+        Stage(
+            "settle",
+            200,
+            6e-4,
+            (Phase(1, ("16", "32", "64", longest, longest, IMAGE, "32+text", "64+text"), 24, spans, (0.1, 0.1)),),
+        ),
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     LLAVA: Recipe(
         LLAVA,
@@ -129,7 +182,7 @@ RECIPES: dict[str, Recipe] = {
                 horizon=1800,
             ),
             Stage(
-                "length",
+                "long",
                 700,
                 8e-4,
                 (
@@ -145,6 +198,19 @@ RECIPES: dict[str, Recipe] = {
                     ),
                 ),
             ),
+            Stage(
+                "names",
+                600,
+                2e-3,
+                (
+                    Phase(0.4, ("8", "12", "16", "4+text", "8+text", "12+text"), 18, _LLAVA_SPANS, (0.3, 0.3), 3.0),
+                    Phase(
+                        1, ("8", "16", "32", IMAGE, "8+text", "16+text", "32+text"), 20, _LLAVA_SPANS, (0.2, 0.2), 3.0
+                    ),
+                ),
+                horizon=1200,
+            ),
+            *_ending(_LLAVA_SPANS, "128", 300),
         ),
     ),
     # The vision side writes the same words, so the language side needs to learn the other positions and little else.
@@ -154,28 +220,17 @@ RECIPES: dict[str, Recipe] = {
             Stage("vision", 900, 2e-3, (Phase(1, ("32", "32", IMAGE)),), tokens=1536),
             Stage(
                 "language",
-                700,
-                1.5e-3,
+                600,
+                2e-3,
                 (
-                    Phase(0.3, ("4", "8", "12", IMAGE, "4+text"), 14, (0, 0, 32), (0.1, 0.2), 2.0),
+                    Phase(0.25, ("4", "8", "12", IMAGE, "4+text", "8+text"), 16, (0, 0, 32), (0.3, 0.3), 2.0),
                     Phase(
-                        0.75,
-                        ("4", "8", "12", "16", "24", IMAGE, "4+text", "8+text", "16+text"),
-                        16,
-                        _QWEN_SPANS,
-                        (0.1, 0.2),
-                        2.0,
-                    ),
-                    Phase(
-                        1,
-                        ("8", "16", "24", "32", "64", IMAGE, "8+text", "16+text", "32+text"),
-                        20,
-                        _QWEN_SPANS,
-                        (0.1, 0.1),
-                        2.0,
+                        0.6, ("8", "12", "16", IMAGE, "4+text", "8+text", "12+text"), 18, _QWEN_SPANS, (0.3, 0.3), 3.0
                     ),
                 ),
+                horizon=1200,
             ),
+            *_ending(_QWEN_SPANS, "64", 400),
         ),
         start=LLAVA,
     ),

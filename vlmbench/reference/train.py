@@ -34,11 +34,11 @@ from vlmbench.header import source
 from vlmbench.machine import pick_device
 from vlmbench.models.qwen_vl import batch_chunks
 from vlmbench.reference import hash_of, read_log, verify
-from vlmbench.reference.build import QWEN, TOKENS_PER_UNIT, Model, make_model, make_tokenizer, save_folder
+from vlmbench.reference.build import QWEN, TOKENS_PER_UNIT, Model, make_model, make_tokenizer, match_words, save_folder
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, make_pool
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
-from vlmbench.reference.hints import REMARK_WORDS, OrderHeads, RemarkHeads
+from vlmbench.reference.hints import REMARK_WORDS, SAID_WORDS, OrderHeads, RemarkHeads
 from vlmbench.reference.lessons import Hints, Lesson, Source, language_step
 from vlmbench.reference.recipes import RECIPES, Recipe, Stage
 from vlmbench.reference.vision import Look, VisionHeads, look_at, settle, vision_parameters, vision_step
@@ -68,8 +68,11 @@ class Trainer:
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids([*COLOURS, *SHAPES, *PLACES]))
         self.heads = VisionHeads(taught_by.get_input_embeddings().weight[words]).to(device)
         self.order_heads = OrderHeads().to(device)
-        ids = (self.tokenizer.convert_tokens_to_ids(list(words)) for words in REMARK_WORDS)
-        self.hints = Hints(self.order_heads, RemarkHeads(), tuple(torch.tensor(each, device=device) for each in ids))
+        *remark_ids, said_ids = (
+            torch.tensor(self.tokenizer.convert_tokens_to_ids(list(words)), device=device)
+            for words in (*REMARK_WORDS, SAID_WORDS)
+        )
+        self.hints = Hints(self.order_heads, RemarkHeads(), tuple(remark_ids), said_ids)
         self.stage, self.step, self.seconds = 0, 0, 0.0
         self.optimizer_states: list[dict[str, Any]] = []
         self.curves: list[dict[str, Any]] = []
@@ -106,6 +109,9 @@ class Trainer:
     def _run_stage(self, stage: Stage, save_every: int, log_every: int) -> None:
         seeing = stage.name == "vision"
         self.model.train()
+        if stage.match and self.step == 0:
+            said = self.model.get_input_embeddings().weight[self.hints.said_words].detach()
+            match_words(self.model.model.language_model, said, self.recipe.seed)
         optimizers = self._optimizers(seeing, stage.lr)
         parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
         for optimizer, state in zip(optimizers, self.optimizer_states, strict=False):

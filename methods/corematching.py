@@ -1,0 +1,173 @@
+"""CoreMatching: core tokens stay after an early layer, core neurons do the FFN of decoding (arXiv 2505.19235).
+
+A neuron is core when many tokens have it among their strongest; a visual token is core when many core neurons are positive in
+it. Tokens below the knee of those scores leave after one layer, with their positions and nobody else's; prefill's FFN stays
+dense; decoding uses each layer's core neurons through weights that are copied at the end of its prefill, inside the prefill's
+time. Nothing is trained. ``mode=release`` is what the authors' public code does instead, which saves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from vlmbench.errors import UsageError
+from vlmbench.method import Citation, Method, Traits, Work
+
+if TYPE_CHECKING:
+    from vlmbench.core_run import CorePlan
+    from vlmbench.layout import Prompt
+    from vlmbench.models.base import ModelAdapter, Shapes
+    from vlmbench.patch import Patcher
+    from vlmbench.trace import Trace
+
+
+@dataclass(frozen=True)
+class Corematching(Method):
+    """`rho` of a token's positive neurons vote, `beta` of a layer's neurons are kept (kept, not left out).
+
+    Tokens leave after the first `select_layer` layers, as many as the knee says but never all: `min_keep` is what remains at
+    least. Decoding is sparse in `neuron_layers`: ``all``, or first/last counted from 0 (CoreInfer's own: ``6/26`` of 32).
+    ``part=tokens`` and ``part=neurons`` are one half each. ``early_kv=kept`` leaves the tokens' keys in the layers before.
+    ``spearman=on`` notes each layer's rank correlation of the score with α‖V‖cos, at the price of a slower prefill.
+    """
+
+    name: ClassVar[str] = "corematching"
+    cite: ClassVar[Citation] = Citation(
+        "CoreMatching: A Co-adaptive Sparse Inference Framework with Token and Neuron Pruning for Comprehensive "
+        "Acceleration of Vision-Language Models",
+        "2505.19235",
+        faithful="core neurons, co-activation over all positive neurons, knee, removal after one layer with original "
+        "positions, dense FFN in prefill, fixed core neurons in decode; written from descriptions of the paper, since the "
+        "public code (mode=release) does none of it",
+        extension="beta counts all neurons; activations tied with a token's weakest core one are core; straight curves keep "
+        "all; min_keep; one knee for all media; the release's window of layers scaled to the depth; text alone stays dense",
+    )
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}))
+
+    rho: float = 0.2
+    beta: float = 0.4
+    select_layer: int = 2
+    neuron_layers: str = "all"
+    min_keep: int = 1
+    compare: Literal["ge", "gt"] | None = None
+    mode: Literal["paper", "release"] = "paper"
+    part: Literal["both", "tokens", "neurons"] = "both"
+    early_kv: Literal["pruned", "kept"] = "pruned"
+    spearman: bool = False
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("rho", "beta"):
+            if not 0 < (value := getattr(self, key)) <= 1:
+                raise UsageError(f"corematching:{key} must be above 0 and at most 1, not {value}.")
+        for key in ("select_layer", "min_keep"):
+            if (value := getattr(self, key)) < 1:
+                raise UsageError(f"corematching:{key} must be at least 1, not {value}.")
+        if self.neuron_layers != "all" and not self._first_last:
+            raise UsageError(
+                f"corematching:neuron_layers must be all, or first/last such as 6/26, not {self.neuron_layers!r}."
+            )
+        if self.offload:
+            raise UsageError(
+                "corematching:offload=on cannot be taken: weights pinned on the host are not written yet; leave offload out "
+                "and choose a model that fits the device."
+            )
+        own = "gt" if self.mode == "release" else "ge"
+        if self.mode == "release" and (self.part != "both" or self.spearman or self.compare not in (None, own)):
+            raise UsageError(
+                f"corematching:mode=release has one form; leave part={self.part}, compare={self.compare} and "
+                f"spearman={'on' if self.spearman else 'off'} out."
+            )
+        if self.compare is None:
+            object.__setattr__(self, "compare", own)
+
+    @property
+    def _first_last(self) -> tuple[int, int] | None:
+        """Layers that `neuron_layers` names, both included."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.neuron_layers)
+        first, last = map(int, found.groups()) if found else (1, 0)
+        return (first, last) if first <= last else None
+
+    @classmethod
+    def examples(cls) -> list[Corematching]:
+        return [
+            cls(),
+            cls(part="tokens", early_kv="kept"),
+            cls(part="neurons", neuron_layers="1/2"),
+            cls(compare="gt", select_layer=1, min_keep=2, rho=0.5, beta=0.2, spearman=True),
+            cls(mode="release"),
+        ]
+
+    @classmethod
+    def neutral(cls) -> Corematching:
+        return cls(beta=1.0, min_keep=10**9)  # chosen, gathered and copied as ever, and all of it
+
+    def check(self, adapter: ModelAdapter) -> None:
+        self.plan(adapter)
+
+    def plan(self, adapter: ModelAdapter) -> CorePlan:
+        """The method on this model. Raises `UsageError` when the model cannot take it."""
+        from torch import nn
+
+        from vlmbench.core_run import CorePlan
+        from vlmbench.kernels.core_neurons import n_core
+
+        depth, width = adapter.shapes.layers, adapter.shapes.intermediate
+        for layer in adapter.layers:
+            parts = [getattr(getattr(layer, "mlp", None), f"{name}_proj", None) for name in ("gate", "up", "down")]
+            if any(type(part) is not nn.Linear or part.bias is not None for part in parts):
+                raise UsageError(
+                    f"corematching needs gated FFNs of plain matrices without biases, which {type(layer).__name__} does not "
+                    f"have; choose a Qwen2-VL, Qwen2.5-VL or LLaVA-OneVision model that is not quantised."
+                )
+        if self.part != "neurons" and self.mode == "paper" and self.select_layer >= depth:
+            raise UsageError(
+                f"corematching:select_layer={self.select_layer} leaves no layer behind it: the model has {depth}; choose one "
+                f"below {depth}, or part=neurons."
+            )
+        first, last = self._first_last or (0, depth - 1)
+        if last >= depth:
+            raise UsageError(
+                f"corematching:neuron_layers={self.neuron_layers} goes beyond the model's last layer, {depth - 1} counted from "
+                f"0; choose one of those, or all."
+            )
+        if not (n := n_core(self.beta, width)):
+            raise UsageError(
+                f"corematching:beta={self.beta} keeps none of {width} neurons; give at least {1 / width:.2g}."
+            )
+        return CorePlan(
+            rho=self.rho,
+            n_neurons=n,
+            width=width,
+            select=None if self.part == "neurons" else self.select_layer,
+            sparse=frozenset() if self.part == "tokens" else frozenset(range(first, last + 1)),
+            compare=self.compare or "ge",
+            min_keep=self.min_keep,
+            prune_early=self.early_kv == "pruned",
+            spearman=self.spearman,
+        )
+
+    def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
+        if not prompt.layout.n_visual:
+            trace.inactive("the prompt has no visual tokens")
+        return prompt
+
+    def install(self, patch: Patcher, trace: Trace) -> None:
+        from vlmbench import core_release
+        from vlmbench.core_run import CoreRun
+
+        if self.mode == "release":
+            core_release.install(patch, trace)
+        else:
+            CoreRun(self.plan(patch.adapter), trace).install(patch)
+
+    def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
+        """Prefill's FFN is dense. How many tokens stay is known once the prompt has run; before, they count as all."""
+        from vlmbench.core_run import stage
+
+        n, early = prompt.length, min(self.select_layer, shapes.layers)
+        kept = trace.kept.get(stage(self.select_layer)) if self.mode == "paper" else None
+        tokens = (n,) * early + (n if kept is None else len(kept),) * (shapes.layers - early)
+        return Work(tokens, tuple(t * (t + 1) // 2 for t in tokens), (shapes.intermediate,) * shapes.layers)

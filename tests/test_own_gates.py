@@ -1,0 +1,118 @@
+"""The project's gate on its own work notices every count that moves, and the study of `gate` does what CI does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import load_mini
+from vlmbench import gate_study, work_gate
+from vlmbench.gate import Judged
+from vlmbench.gate_study import Repeat, repeat, slowed, to_markdown
+from vlmbench.patch import fingerprint
+from vlmbench.request import RunRequest
+from vlmbench.session import make_methods
+from vlmbench.stats import Estimate
+from vlmbench.work_gate import FILE, counted, differences
+
+COMMITTED = Path(__file__).resolve().parents[1] / FILE
+MODEL = "mini-llava-ov@random"
+
+
+@pytest.fixture(scope="module")
+def fresh() -> list[dict[str, Any]]:
+    methods = make_methods(["full", "uniform:ratio=0.5", "pevlm:sink=1,block=1"])
+    return list(counted(load_mini(MODEL), MODEL, methods))
+
+
+def test_counts_are_repeatable_and_say_what_the_method_saves(fresh: list[dict[str, Any]]) -> None:
+    again = list(counted(load_mini(MODEL), MODEL, make_methods(["full", "uniform:ratio=0.5", "pevlm:sink=1,block=1"])))
+    assert differences(fresh, again) == []
+    full, uniform, pevlm = fresh
+    assert uniform["visual_tokens"] * 2 == full["visual_tokens"]
+    assert all(uniform[name] < full[name] for name in ("tokens", "pairs", "flops", "kv_bytes"))
+    assert pevlm["pairs"] < full["pairs"]
+    assert pevlm["tokens"] == full["tokens"]
+
+
+def test_committed_counts_are_those_of_the_code(fresh: list[dict[str, Any]]) -> None:
+    """The cheap part of ``python -m vlmbench.work_gate``, which `.ci/run` does for every method and family."""
+    rows = {(row["model"], row["method"]): row for row in json.loads(COMMITTED.read_text())["rows"]}
+    assert rows[MODEL, "full"] == fresh[0]
+
+
+@pytest.mark.parametrize("name", ["tokens", "pairs", "neurons", "flops", "kv_bytes", "kv_reserved_bytes"])
+def test_a_count_that_moved_by_one_is_named(fresh: list[dict[str, Any]], name: str) -> None:
+    moved = [{**fresh[0], name: fresh[0][name] + 1}, *fresh[1:]]
+    assert differences(fresh, moved) == [f"{MODEL} full: {name} {fresh[0][name]} → {fresh[0][name] + 1}"]
+
+
+def test_rows_that_come_and_go_are_named(fresh: list[dict[str, Any]]) -> None:
+    assert differences(fresh[1:], fresh) == [f"{MODEL} full: not in the committed file"]
+    assert differences(fresh, fresh[1:]) == [f"{MODEL} full: no longer there"]
+    assert differences(fresh[:1], [{**fresh[0], "more": 1}]) == [f"{MODEL} full: more None → 1"]
+
+
+def test_the_slowed_method_is_the_same_method_and_leaves_nothing(clip: Any) -> None:
+    from vlmbench.check_contract import Subject
+
+    full, method = make_methods(["full", "uniform:ratio=0.5"])
+    planted = slowed(method, 1.5)
+    assert (planted.name, repr(planted)) == (method.name, repr(method))
+    subject = Subject(load_mini(MODEL), method, full, 6)
+    own = subject.answer(method, [clip(6)])
+    before = fingerprint(subject.adapter.model)
+    names = set(vars(subject.adapter))
+    assert subject.answer(planted, [clip(6)]).done.token_ids == own.done.token_ids
+    assert (fingerprint(subject.adapter.model), set(vars(subject.adapter))) == (before, names)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "videos"), [(["pass"], 8), (["inconclusive", "fail"], 16), (["inconclusive"] * 4, 64)]
+)
+def test_a_repeat_times_more_videos_until_the_gate_decides(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verdicts: list[Any], videos: int
+) -> None:
+    timed: list[int] = []
+    left = list(verdicts)
+
+    def gate(*_: Any, **__: Any) -> Any:
+        return [Judged(None, "speedup_e2e", 1.0, "baseline", Estimate(1.2, 1.1, 1.3), left.pop(0))], []  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gate_study, "measure", lambda request, *_: timed.append(request.timed))
+    monkeypatch.setattr(gate_study.gates, "gate", gate)
+    found = repeat(RunRequest(), None, tmp_path, 1.25)  # type: ignore[arg-type]
+    assert (found.verdict, found.videos, found.planted) == (verdicts[-1], videos, True)
+    assert timed == [8, 16, 32, 64][: len(verdicts)]
+
+
+def test_the_record_counts_what_was_wrong() -> None:
+    repeats = [
+        Repeat(planted, verdict, 8, (1.0, None, None), 1.0) for planted in (False, True) for verdict in ("pass", "fail")
+    ]
+    text = to_markdown([*repeats, Repeat(True, "inconclusive", 64, (1.0, 0.9, 1.1), 2.0)], 1.1, "said")
+    assert "- unchanged code: 1 of 2 failed, 0 inconclusive" in text
+    assert "- a planted slow-down: 1 of 3 caught, 1 inconclusive" in text
+    assert "| 5 | slowed | inconclusive | 1.000 [0.900, 1.100] | 64 | 2 |" in text
+
+
+def test_the_command_fails_when_a_count_moved(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    monkeypatch.setattr(work_gate, "rows", lambda: fresh)
+    path = tmp_path / "work.json"
+    with pytest.raises(typer.Exit) as ended:
+        work_gate.main(path)
+    assert ended.value.exit_code == 2
+    work_gate.main(path, update=True)
+    work_gate.main(path)
+    assert "3 rows of exact counts are as committed" in capsys.readouterr().out
+    path.write_text(path.read_text().replace('"flops": ', '"flops": 1'))
+    with pytest.raises(typer.Exit) as ended:
+        work_gate.main(path)
+    assert ended.value.exit_code == 1

@@ -1,0 +1,250 @@
+"""One layer's attention under MMInference: heads of one pattern together, each through the kernel that skips work.
+
+A layer never loops over its heads: those that have the same pattern are one call, whatever their number, and what differs
+from head to head (phase, columns, diagonals) is in index tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmbench.kernels.a_shape import a_shape
+from vlmbench.kernels.a_shape import seen as a_shape_seen
+from vlmbench.kernels.a_shape import visible as a_shape_visible
+from vlmbench.kernels.calls import LAST, Tally, attend, last_weights
+from vlmbench.kernels.grid import Grid, find_lines, grid_attention
+from vlmbench.kernels.grid import seen as grid_seen
+from vlmbench.kernels.grid import visible as grid_visible
+from vlmbench.kernels.vertical_slash import FIRST, NEAR, Index, make_index, vertical_slash
+from vlmbench.mm_patterns import Head, Intra, Scene
+
+Rule = Callable[[Tensor], Tensor]
+PROBED = 8
+"""Last queries on which the trace's recall is taken."""
+
+
+@dataclass
+class Layer:
+    """What one layer did, for the trace and for counting."""
+
+    tally: Tally = field(default_factory=Tally)
+    recalls: list[Tensor] = field(default_factory=list)
+    """Of each group of heads: share of the last queries' attention on the pairs that the pattern keeps."""
+    strides: list[int] = field(default_factory=list)
+    """Of every grid head."""
+    rules: list[tuple[Tensor, Rule]] = field(default_factory=list)
+    """Which heads, and for rows ``[r]`` which keys they see, ``[B, h, r, N]``; not under Q- and 2D-boundary."""
+    allowed: int = 0
+    """Query-key pairs that the patterns allow, over all heads; some are computed twice, or for padding (`tally`)."""
+
+
+class Found(NamedTuple):
+    """Attention of a group of heads."""
+
+    out: Tensor
+    """``[B, H, n, D]``"""
+    lse: Tensor
+    """``[B, H, n]``, float32."""
+    seen: Tensor
+    """int64 ``[B, H, n]``: how many keys each query saw."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sequence that a pattern runs on: the whole prompt, or one modality's tokens in order."""
+
+    start: int
+    """Lines lie in ``[start, stop)``."""
+    stop: int
+    asked: int
+    """Its index comes from the last queries before this token."""
+    last: int
+    """How many of them at most."""
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Sequence[Head],
+    scene: Scene,
+    *,
+    scale: float | None = None,
+    probe: bool = True,
+) -> tuple[Tensor, Layer]:
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``, a pattern for each of the H heads, sizes in tokens of this prompt.
+
+    Returns ``[B, H, N, D]``, heads behind tokens in memory. Raises `ValueError` when the lengths are not the scene's.
+    """
+    if {q.shape[2], k.shape[2]} != {scene.length}:
+        raise ValueError(f"the prompt has {scene.length} tokens; q has {q.shape[2]} and k has {k.shape[2]}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups: dict[Head, list[int]] = {}
+    for number, head in enumerate(heads):
+        groups.setdefault(head, []).append(number)
+    layer = Layer()
+    shared = q.shape[1] // k.shape[1]
+    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    for head, numbers in groups.items():
+        which = torch.tensor(numbers, device=q.device)
+        whole = len(numbers) == q.shape[1]
+        rows = q if whole else q[:, which]
+        keys, values = (x if whole and shared == 1 else x[:, which // shared] for x in (k, v))
+        found = Group(head, which, scene, scale, layer, probe).attend(rows, keys, values)
+        out[:, which] = found.out
+        layer.allowed += int(found.seen.sum())
+    return out, layer
+
+
+class Group:
+    """Heads of one pattern; all tensors ``[B, H, N, D]`` with as many key heads as query heads."""
+
+    def __init__(self, head: Head, numbers: Tensor, scene: Scene, scale: float, layer: Layer, probe: bool) -> None:
+        self.head, self.numbers, self.scene, self.scale = head, numbers, scene, scale
+        self.layer, self.probe = layer, probe
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Found:
+        scene = self.scene
+        if self.head.inter in ("none", "k"):  # the pattern's columns and rows are those of the prompt either way
+            return self.intra(q, k, v, self.head.vision, Part(*scene.vision, scene.length, LAST))
+        from vlmbench.mm_boundary import by_pair, by_query
+
+        return (by_query if self.head.inter == "q" else by_pair)(self, q, k, v)
+
+    def intra(
+        self, q: Tensor, k: Tensor, v: Tensor, intra: Intra, part: Part, row_blocks: Tensor | None = None
+    ) -> Found:
+        """A pattern on a whole sequence; rows from ``part.stop`` on are dense under `grid` and `tri`.
+
+        `vs` may leave out all but some row blocks.
+        """
+        options: dict[str, Any] = {"scale": self.scale, "tally": self.layer.tally}
+        n = q.shape[2]
+        every = torch.arange(n, device=q.device)
+        rules = self.layer.rules
+        if intra.kind == "dense":
+            rules.append((self.numbers, partial(_window, n, n, 0, 0, q.shape[:2])))
+            return Found(*attend(q, k, v, causal=True, **options), (every + 1).expand(q.shape[:3]))
+        weights = self._weights(q, k, intra, part)
+        if intra.kind in ("a_shape", "tri"):
+            tail = n - part.stop if intra.kind == "tri" else 0
+            self._recall(weights, lambda rows: a_shape_visible(rows, part.asked, sink=intra.sink, local=intra.local))
+            rules.append((self.numbers, partial(_window, n, intra.local, intra.sink, tail, q.shape[:2])))
+            options |= {"sink": intra.sink, "local": intra.local, "tail": tail}
+            seen = a_shape_seen(every, n, sink=intra.sink, local=intra.local, tail=tail).expand(q.shape[:3])
+            return Found(*a_shape(q, k, v, **options), seen)
+        if intra.kind == "vs":
+            index = self.index(weights, intra, n)
+            rules.append((self.numbers, index.visible))
+            self._recall(weights, lambda rows: index.visible(rows)[..., : part.asked])
+            return Found(*vertical_slash(q, k, v, index, row_blocks=row_blocks, **options), index.seen(every))
+        return self._grid(q, k, v, intra, part, weights)
+
+    def index(self, weights: Tensor, intra: Intra, n: int) -> Index:
+        """Of `n` tokens, from the last queries' `weights` over the first of them; what is forced shrinks with the prompt."""
+        shrink = self.scene.shrink
+        index = make_index(
+            weights,
+            columns=intra.columns,
+            slashes=intra.slashes,
+            first=max(1, round(FIRST * shrink)),
+            near=max(1, round(NEAR * shrink)),
+            block=block_of(shrink),
+        )
+        more = -(-n // index.block) - index.diagonals.shape[2]
+        return Index(index.columns, torch.nn.functional.pad(index.diagonals, (0, more)), index.block, n)
+
+    def _weights(self, q: Tensor, k: Tensor, intra: Intra, part: Part) -> Tensor:
+        """Softmax rows of the last queries: all that an index needs, or a few for the recall alone."""
+        online = intra.kind == "vs" or (intra.kind == "grid" and (intra.phase is None or intra.stride == "auto"))
+        last = part.last if online else min(part.last, PROBED if self.probe else 0)
+        seen = slice(0, part.asked)
+        return last_weights(q[:, :, seen], k[:, :, seen], scale=self.scale, tally=self.layer.tally, last=last)
+
+    def _grid(self, q: Tensor, k: Tensor, v: Tensor, intra: Intra, part: Part, weights: Tensor) -> Found:
+        """Each head on its own stride and phase; heads whose strides differ are separate calls, at most one a candidate."""
+        n = q.shape[2]
+        start = min(max(part.start, intra.sink), n)
+        stop = max(start, min(part.stop, n))
+        strides = self.scene.strides(intra.stride)
+        batch, heads = q.shape[:2]
+        if len(strides) == 1 and intra.phase is not None:
+            stride = torch.full((batch, heads), strides[0], device=q.device)
+            phase = torch.full((batch, heads), intra.phase, device=q.device)
+        else:
+            stride, phase, _ = find_lines(
+                weights, strides, start=part.start, stop=min(part.stop, part.asked), phase=intra.phase
+            )
+        phase = (part.start + phase - start) % stride  # from the first token that may hold a line
+        self.layer.strides += stride.flatten().tolist()
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        seen = torch.empty(q.shape[:3], dtype=torch.long, device=q.device)
+        every = torch.arange(n, device=q.device)
+        options: dict[str, Any] = {"scale": self.scale, "tally": self.layer.tally}
+        lines = {"horizontal": intra.horizontal, "vertical": intra.vertical, "slash": intra.slash}
+        for each in stride.unique().tolist():
+            grid = Grid(start, intra.local, start, stop, each, **lines)
+            for b in range(batch):  # which heads have this stride differs from prompt to prompt
+                which = (stride[b] == each).nonzero()[:, 0]
+                if not len(which):
+                    continue
+                whole = len(which) == heads
+                rows, keys, values = (x[b : b + 1] if whole else x[b : b + 1, which] for x in (q, k, v))
+                at = phase[b : b + 1, which]
+                found = grid_attention(rows, keys, values, grid, at, **options)
+                out[b, which], lse[b, which] = found.out[0], found.lse[0]
+                self.layer.rules.append((self.numbers[which], partial(_lines, grid, at, n)))
+                seen[b, which] = grid_seen(grid, at, every, n)[0]
+                if self.probe:  # without the dense rows behind the lines: how good the lines are
+                    open_end = Grid(start, intra.local, start, max(start, part.asked), each, **lines)
+                    self._recall(weights[b : b + 1, which], partial(_lines, open_end, at, part.asked))
+        return Found(out, lse, seen)
+
+    def _recall(self, weights: Tensor, visible: Callable[[Tensor], Tensor]) -> None:
+        """Keep the share of the last few queries' attention on the keys that `visible` gives for their rows."""
+        if not self.probe:
+            return
+        length = weights.shape[2]
+        rows = torch.arange(weights.shape[3] - length, weights.shape[3], device=weights.device)[-PROBED:]
+        kept = visible(rows)
+        self.layer.recalls.append((weights[:, :, -PROBED:] * kept).sum(-1).mean(-1).flatten())
+
+
+def _window(length: int, local: int, sink: int, tail: int, heads: torch.Size, rows: Tensor) -> Tensor:
+    return a_shape_visible(rows, length, sink=sink, local=local, tail=tail).expand(*heads, -1, -1)
+
+
+def _lines(grid: Grid, phase: Tensor, length: int, rows: Tensor) -> Tensor:
+    return grid_visible(grid, phase, rows, length)
+
+
+def expected_pairs(intra: Intra, scene: Scene) -> int:
+    """Pairs of one head before anything ran (`vlmbench plan`): lines from phase 0 on, columns and diagonals side by side."""
+    n = scene.length
+    rows = torch.arange(n)
+    if intra.kind == "grid":
+        start = min(max(scene.vision[0], intra.sink), n)
+        lines = {"horizontal": intra.horizontal, "vertical": intra.vertical, "slash": intra.slash}
+        stride = scene.strides(intra.stride)[0]
+        grid = Grid(start, intra.local, start, max(start, scene.vision[1]), stride, **lines)
+        return int(grid_seen(grid, torch.zeros(1, 1, dtype=torch.long), rows, n).sum())
+    if intra.kind in ("a_shape", "tri"):
+        tail = n - scene.vision[1] if intra.kind == "tri" else 0
+        return int(a_shape_seen(rows, n, sink=intra.sink, local=intra.local, tail=tail).sum())
+    most = n if intra.kind == "dense" else intra.columns + intra.slashes
+    return int((rows + 1).clamp(max=most).sum())
+
+
+def block_of(shrink: float) -> int:
+    """Rows of a block: 64 as published, a smaller power of two where a prompt is shorter, and at least 8."""
+    size = 64
+    while size > 8 and size > 64 * shrink:
+        size //= 2
+    return size
