@@ -128,7 +128,7 @@ def _ending(spans: tuple[int, ...], longest: str, matching: int) -> tuple[Stage,
             "settle",
             200,
             6e-4,
-            (Phase(1, ("16", "32", "64", longest, longest, IMAGE, "32+text", "64+text"), 24, spans, (0.1, 0.1)),),
+            (Phase(1, ("16", "32", "64", "128", "128", IMAGE, "32+text", "64+text"), 24, spans, (0.1, 0.1)),),
         ),
     )
 
