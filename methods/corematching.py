@@ -4,6 +4,9 @@ A neuron is core when many tokens have it among their strongest; a visual token 
 it. Tokens below the knee of those scores leave after one layer, with their positions and nobody else's; prefill's FFN stays
 dense; decoding uses each layer's core neurons through weights that are copied at the end of its prefill, inside the prefill's
 time. Nothing is trained. ``mode=release`` is what the authors' public code does instead, which saves nothing.
+
+All tokens vote alike, so core neurons are those of the most frequent content: where that is background, tokens of a small or
+brief object have few of them positive and are the first to leave. On a video mostly empty, look at what is kept.
 """
 
 from __future__ import annotations

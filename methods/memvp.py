@@ -7,6 +7,7 @@ frozen; f, p^k and p^v are trained by ``vlmbench fit --method memvp``, and witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -66,6 +67,8 @@ class Memvp(Method):
             raise UsageError(f"memvp:slots must be at least 1, not {self.slots}.")
         if self.vision is not None and self.vision < 0:
             raise UsageError(f"memvp:vision must be at least 0, not {self.vision}.")
+        if self.scale is not None and not math.isfinite(self.scale):
+            raise UsageError(f"memvp:scale must be a finite number, not {self.scale}.")
         if self.artefact not in (None, UNTRAINED):
             self._use(str(self.artefact))
 
@@ -215,7 +218,11 @@ class Memvp(Method):
         return replace(super().work(prompt, shapes, trace), own_flops=own)
 
     def search(self, fitting: Fitting) -> Trained:
-        """Train on the suite's train split; goes on where an earlier command was stopped."""
+        """Train on the suite's train split; goes on where an earlier command was stopped. Raises `UsageError`."""
         from vlmbench.memvp_fit import fit
 
+        if self.artefact is not None:
+            raise UsageError(
+                f"memvp:artefact={self.artefact} is what a run reads, and training begins anew; leave artefact out."
+            )
         return fit(self, fitting)

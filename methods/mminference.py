@@ -3,20 +3,21 @@
 In prefill every head has a pattern: a window with sink (`a_shape`, `tri`), a grid of lines at the distance of frames or rows
 (`grid`), or columns and diagonals (`vs`). Stride, phase, columns and diagonals come from the last 64 queries of the prompt
 itself. Modalities may have an index each (``boundary=q``) or a pattern for each pair (``boundary=2d``). The cache holds
-every key in order, and decoding is dense. ``vlmbench fit`` finds a pattern for each head (``artefact=FILE``).
+every key in order, and decoding is dense. ``vlmbench fit`` finds a pattern for each head (``artefact=FILE``); without a file
+all heads have the one `pattern`, which is not what the paper measures. On a device without a kernel that hands out its
+log-sum-exp (all but the CPU) scores are written out: answers are the same but for rounding, and the row carries the mark
+``masked``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Method, Traits, Work
-from vlmbench.mm_artefact import HeadPatterns, read
-from vlmbench.mm_patterns import STRIDES, Head, Intra, Scene
+from vlmbench.mm_artefact import AUTO, HeadPatterns, find, read
+from vlmbench.mm_patterns import KIND_OF, OF_A_PATTERN, PUBLISHED, STRIDES, USED, Head, Intra, Pattern, Scene
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,21 +31,19 @@ if TYPE_CHECKING:
     from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
 
-Pattern = Literal["grid", "a_shape", "tri", "vs", "dense", "mix", "sf-fixed", "sf-strided", "minference"]
 Lines = Literal["h", "v", "s", "hv", "vs", "hvs"]
-DID = "mminference"
-"""Key of `Trace.scratch`: what each layer counted."""
 
 
 @dataclass(frozen=True)
 class Mminference(Method):
-    """One `pattern` for all heads, or with `artefact` the one that each head was fitted.
+    """One `pattern` for all heads, or with `artefact` the one that each head was fitted (``auto``: shipped, or in the cache).
 
     Published sizes belong to prompts of 20 240 tokens: shorter ones scale them with their length, longer ones keep them, and
-    `budget` multiplies them all. `sink`, `local`, `columns` and `slashes` are tokens as given instead. `stride` is ``frame``,
-    ``row``, a number of tokens, or ``auto``: the better of frame and row on the prompt; `phase` is the line's place in it,
-    found on the prompt when left out. `text` is the pattern of text rows where a boundary keeps modalities apart. The first
-    `dense_layers` are left alone: a careful setting is ``dense_layers=4,budget=2``.
+    `budget` multiplies them all. `sink`, `local`, `columns` and `slashes` are tokens as given instead, but the columns and
+    diagonals that are always kept (30 and 100, scaled) stay. `stride` is ``frame``, ``row``, a number of tokens, or
+    ``auto``: the better of frame and row on the prompt; `phase` is the line's place in it, found on the prompt when left
+    out. `text` is the pattern of text rows where a boundary keeps modalities apart. The first `dense_layers` are left alone:
+    a careful setting is ``dense_layers=4,budget=2``. A parameter that the pattern does not use is refused.
 
     The baselines of the paper's table 1 are patterns too: ``sf-fixed`` (window and columns at a frame's distance),
     ``sf-strided`` (window and diagonals), ``minference`` (vertical-slash with its default of 1000 and 6096). ``mix`` is the
@@ -76,6 +75,8 @@ class Mminference(Method):
     dense_layers: int = 0
     budget: float = 1.0
     artefact: str | None = None
+    _held: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The file in use and its path; under ``artefact=auto`` known once the weights are."""
 
     def __post_init__(self) -> None:
         for key, least in (
@@ -95,19 +96,31 @@ class Mminference(Method):
             raise UsageError(
                 f"{self.name}:stride must be {', '.join(STRIDES)} or a number of tokens of at least 1, not {self.stride!r}."
             )
-        if self.artefact is not None:
-            defaults = type(self)()
-            typed = [key for key in _OF_A_PATTERN if getattr(self, key) != getattr(defaults, key)]
-            if typed:
+        given = self.given()
+        if self.artefact is None:
+            used = {"pattern", "boundary", *USED[self.pattern], *(("text",) if self.boundary in ("q", "2d") else ())}
+            if unused := [key for key in given if key not in used]:
                 raise UsageError(
-                    f"{self.name}:artefact={self.artefact} holds a pattern for each head; leave {', '.join(typed)} out, or "
-                    f"leave the artefact out."
+                    f"{self.name}:pattern={self.pattern},boundary={self.boundary} does not use {', '.join(unused)}; leave "
+                    f"{'it' if len(unused) == 1 else 'them'} out, or choose another pattern or boundary."
                 )
-            self._fitted  # noqa: B018 - a file that cannot be used is refused before a model is loaded
+            return
+        if given:
+            raise UsageError(
+                f"{self.name}:artefact={self.artefact} holds a pattern for each head; leave {', '.join(given)} out, or "
+                f"leave the artefact out."
+            )
+        if self.artefact != AUTO:  # a file that cannot be used is refused before a model is loaded
+            self._held["file"], self._held["path"] = read(self.artefact), self.artefact
 
-    @cached_property
+    def given(self) -> list[str]:
+        """Parameters of a pattern that are not their defaults."""
+        defaults = {each.name: each.default for each in fields(self)}
+        return [key for key in OF_A_PATTERN if getattr(self, key) != defaults[key]]
+
+    @property
     def _fitted(self) -> HeadPatterns | None:
-        return None if self.artefact is None else read(self.artefact)
+        return self._held.get("file")
 
     @classmethod
     def examples(cls) -> list[Mminference]:
@@ -127,27 +140,43 @@ class Mminference(Method):
         return cls(pattern="grid", lines="v", stride="1", phase=0, sink=0, local=1)
 
     def check(self, adapter: ModelAdapter) -> None:
+        if self.dense_layers >= adapter.shapes.layers:
+            raise UsageError(
+                f"{self.name}:dense_layers={self.dense_layers} leaves none of the model's {adapter.shapes.layers} layers to "
+                f"it; give fewer."
+            )
         if self._fitted is None:
             return
         shapes, layers = adapter.shapes, self._fitted.layers
         found = {len(layer) for layer in layers}
         if len(layers) != shapes.layers or found != {shapes.heads}:
             raise UsageError(
-                f"{self.name}:artefact={self.artefact} has {len(layers)} layers of {sorted(found)} heads, and the model "
+                f"{self.name}:artefact={self._held['path']} has {len(layers)} layers of {sorted(found)} heads, and the model "
                 f"{shapes.layers} of {shapes.heads}; make one for this model with vlmbench fit."
             )
 
     def check_weights(self, identity: Identity) -> None:
-        if self._fitted is not None:
+        if self.artefact == AUTO:
+            self._held["file"], self._held["path"] = find(identity)
+        elif self._fitted is not None:
             self._fitted.check_weights(str(self.artefact), identity)
 
     def fitted(self) -> dict[str, Any]:
-        return {} if self._fitted is None else {"artefact": self._fitted.digest}
+        """The digest; what holds for all heads without an artefact has no value then."""
+        if self._fitted is None:
+            return {}
+        return {**dict.fromkeys(OF_A_PATTERN), "artefact": self._fitted.digest}
 
     def search(self, fitting: Fitting) -> HeadPatterns:
-        """A pattern for every head, at the cost of A-shape with `budget` times its published sizes."""
+        """A pattern for every head, at the cost of A-shape with `budget` times its published sizes.
+
+        Raises `UsageError` when something else was given: it would have no effect.
+        """
         from vlmbench.mm_search import search
 
+        given = [*self.given(), *(key for key in ("dense_layers", "artefact") if getattr(self, key))]
+        if given:
+            raise UsageError(f"fit chooses a pattern for every head of every layer; leave {', '.join(given)} out.")
         return search(fitting, self.budget)
 
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
@@ -159,6 +188,10 @@ class Mminference(Method):
     def heads(self, scene: Scene, layer: int, count: int) -> Sequence[Head]:
         """What the `count` heads of a layer do on this prompt, sizes in its tokens."""
         factor = self.budget * scene.shrink
+        if self.artefact is not None and self._fitted is None:
+            raise UsageError(
+                f"{self.name}:artefact={self.artefact} is known once weights are loaded; name the file here."
+            )
         if self._fitted is not None:
             table = self._fitted.layers if scene.runs and scene.vision[1] > scene.vision[0] else self._fitted.text_only
             return [head.scaled(factor) for head in table[layer]]
@@ -166,19 +199,19 @@ class Mminference(Method):
             few = round(count / 5)
             sizes: tuple[tuple[Pattern, int], ...] = (("grid", count - 2 * few), ("vs", few), ("a_shape", few))
             kinds = [kind for kind, number in sizes for _ in range(number)]
-            alone = {kind: replace(self, pattern=kind)._head(scene).scaled(factor) for kind in set(kinds)}
+            alone = {kind: self._head(scene, kind).scaled(factor) for kind in set(kinds)}
             return [alone[kind] for kind in kinds]
-        return [self._head(scene).scaled(factor)] * count
+        return [self._head(scene, self.pattern).scaled(factor)] * count
 
-    def _head(self, scene: Scene) -> Head:
-        """The one pattern of all heads; what was given counts in tokens of this prompt."""
-        kind: Any = _KIND.get(self.pattern, self.pattern)
+    def _head(self, scene: Scene, pattern: Pattern) -> Head:
+        """Every head of one pattern; what was given counts in tokens of this prompt."""
+        kind: Any = KIND_OF.get(pattern, pattern)
         given = {name: getattr(self, name) for name in ("sink", "local", "columns", "slashes")}
-        sizes = _PUBLISHED[self.pattern] | {name: value for name, value in given.items() if value is not None}
+        sizes = PUBLISHED[pattern] | {name: value for name, value in given.items() if value is not None}
         exact = {name for name, value in given.items() if value is not None}
         lines, stride, phase = self.lines, self.stride, self.phase
-        if self.pattern.startswith("sf-"):  # the window is a frame, and the line is its last token
-            lines, stride, phase = ("v" if self.pattern == "sf-fixed" else "s"), "frame", scene.frame - 1
+        if pattern.startswith("sf-"):  # the window is a frame, and the line is its last token
+            lines, stride, phase = ("v" if pattern == "sf-fixed" else "s"), "frame", scene.frame - 1
             sizes |= {"local": scene.frame if self.local is None else self.local}
             exact |= {"local"}
         flags = {"horizontal": "h" in lines, "vertical": "v" in lines, "slash": "s" in lines}
@@ -201,6 +234,7 @@ class Mminference(Method):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from vlmbench.mm_attention import attention as attend
+        from vlmbench.mm_attention import note
 
         def attention(
             module: nn.Module,
@@ -225,12 +259,14 @@ class Mminference(Method):
                 return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
             heads = self.heads(mm_scene, layer, q.shape[1])
             out, did = attend(q, k, v, heads, mm_scene, scale=scaling)
-            _note(trace, mm_scene, layer, q.shape[1] * q.shape[0], did)
+            note(trace, mm_scene, layer, q.shape[1] * q.shape[0], did)
             return out.transpose(1, 2).contiguous(), None
 
         patch.attention(attention)
 
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
+        from vlmbench.mm_attention import DID
+
         dense = super().work(prompt, shapes, trace)
         did, scene = trace.scratch.get(DID, {}), prompt.extras.get("mm_scene")
         if not did:  # nothing to do, or nothing ran yet
@@ -252,40 +288,3 @@ class Mminference(Method):
                 known[intra] = expected_pairs(intra, scene)
             found[layer] = -(-sum(known[intra] for intra in heads) // len(heads))
         return tuple(found)
-
-
-_KIND = {"sf-fixed": "grid", "sf-strided": "grid", "minference": "vs"}
-_PUBLISHED: dict[str, dict[str, int]] = {
-    "grid": {"sink": 128, "local": 1024},
-    "a_shape": {"sink": 128, "local": 4096},
-    "tri": {"sink": 128, "local": 4096},
-    "vs": {"columns": 1000, "slashes": 2048},
-    "dense": {},
-    "mix": {},
-    "sf-fixed": {"sink": 1},
-    "sf-strided": {"sink": 1},
-    "minference": {"columns": 1000, "slashes": 6096},
-}
-"""Tables 3 and 4 of the paper; MInference's own default for a head without an entry."""
-_OF_A_PATTERN = ("pattern", "boundary", "text", "lines", "stride", "phase", "sink", "local", "columns", "slashes")
-
-
-def _note(trace: Trace, scene: Scene, layer: int, heads: int, did: Any) -> None:
-    """Density, recall and strides of a layer into the trace; a prompt on which every pair was computed is inactive."""
-    counted = trace.scratch.setdefault(DID, {})
-    counted[layer] = did
-    dense = heads * scene.length * (scene.length + 1) // 2
-    trace.facts.setdefault("density", {})[str(layer)] = round(did.allowed / dense, 4)
-    if did.recalls:
-        every = [float(share) for group in did.recalls for share in group]
-        trace.facts.setdefault("recall", {})[str(layer)] = round(sum(every) / len(every), 4)
-    if did.strides:
-        known = trace.facts.setdefault("strides", {})
-        for stride, count in Counter(map(str, did.strides)).items():
-            known[stride] = known.get(stride, 0) + count
-    if all(each.allowed == dense for each in counted.values()):
-        trace.inactive(
-            f"every pattern holds all pairs of {scene.length} tokens; give a smaller budget or smaller sizes"
-        )
-    else:
-        trace.applied, trace.reason = True, ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonschema
 import pytest
@@ -14,8 +15,11 @@ import torch
 
 from vlmbench import bench, bench_model, madeup, rounds
 from vlmbench.dense import Flex, causal_sdpa
+from vlmbench.method import Citation, Method, Traits
 from vlmbench.methods.uniform import Uniform
 from vlmbench.models.base import ModelAdapter
+from vlmbench.patch import Patcher
+from vlmbench.trace import Trace
 
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "schema" / "bench.schema.json"
 SMALL = ("--shape", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--rounds", 2, "--format", "json")
@@ -103,6 +107,36 @@ def test_llava_has_its_own_tokens_a_frame(cli: Callable[..., Any]) -> None:
     row = row_of(cli, "vision", "--method", "full", *SMALL, "--shape", "mini-llava-ov", "--frames", 3)
     assert row["frame_tokens"] == 4
     assert row["tokens"] == 14 + 3 * 4 + 60
+
+
+@dataclass(frozen=True)
+class _Undeclared(Method):
+    """A method that names no stages, and leaves out the tower's last MLP."""
+
+    name: ClassVar[str] = "undeclared"
+    cite: ClassVar[Citation] = Citation("a test")
+    traits: ClassVar[Traits] = Traits()
+
+    reads_data: bool = False
+
+    def install(self, patch: Patcher, trace: Trace) -> None:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return x * float(x.sum()) if self.reads_data else x
+
+        mlp: Any = patch.adapter.vision_blocks[-1].mlp
+        patch.forward(mlp, forward)
+
+
+@pytest.mark.parametrize("reads_data", [False, True])
+def test_vision_costs_are_those_under_the_method_whatever_stages_it_names(reads_data: bool) -> None:
+    shape = madeup.Shape(2, 4, 4, 2, 16, name="mini-qwen2.5-vl")
+    row = bench_model.row("vision", _Undeclared(reads_data), shape, *_cpu(), 2, None, 1, 0)
+    assert row["method_s"] > 0
+    if reads_data:  # its time is kept, its FLOPs are not made up
+        assert row["method_flops"] is None
+        assert "its FLOPs could not be counted on a tower without data" in row["note"]
+    else:
+        assert row["method_flops"] < row["dense_flops"]
 
 
 def test_a_prompt_without_layers_comes_back_whole() -> None:

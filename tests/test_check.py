@@ -24,6 +24,12 @@ MODEL = "mini-llava-ov@random"
 ACCURACY: Pass = "accuracy"
 
 
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tokens show all that eight do: one of prefill, one of decoding."""
+    monkeypatch.setattr("vlmbench.check_contract.STEPS", 2)
+
+
 @dataclass(frozen=True)
 class Sound(Method):
     """Scales the visual embeddings of a prompt: it acts, and keeps every promise."""
@@ -80,6 +86,16 @@ class Boasts(Sound):
     def work(self, prompt: Any, shapes: Any, trace: Any) -> Work:
         whole = super().work(prompt, shapes, trace)
         return Work(tuple(each // 2 for each in whole.tokens), whole.pairs, whole.neurons)
+
+
+class Learned(Sound):
+    """Was trained: what it learned is there without a picture too."""
+
+    traits: ClassVar[Traits] = Traits(trained=True, stages=frozenset({"prompt"}))
+
+    def prepare(self, prompt: Any, trace: Any) -> Any:
+        scaled = super().prepare(prompt, trace)
+        return replace(scaled, embeds=scaled.embeds * self.scale)
 
 
 class NotNeutral(Sound):
@@ -145,6 +161,11 @@ def test_a_broken_promise_is_named_and_no_other(method: Method, broken: set[str]
     assert all(each.detail and "\n" not in each.detail for each in found.values() if each.ok is False)
 
 
+def test_what_was_trained_owes_nothing_to_full_attention_without_a_picture() -> None:
+    (found,) = checked(Learned(), "text alone is left alone").values()
+    assert (found.ok, "it is trained" in found.detail) == (None, True)
+
+
 def test_an_answer_that_depends_on_chance_is_found() -> None:
     assert checked(Drifts())["the same sample twice"].ok is False
 
@@ -192,6 +213,11 @@ def test_what_is_tried_is_what_the_run_does_not_do_already() -> None:
     assert names[:2] == ["attention eager", "dtype bfloat16"]
     other = [each.name for each in variants(RunRequest(attention="eager", dtype="bfloat16"))]
     assert other[:2] == ["attention sdpa", "dtype float32"]
+
+
+def test_bfloat16_by_default_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmbench.check_invariance.pick_device", lambda name: torch.device("cuda"))
+    assert variants(RunRequest())[1] == Variant("dtype float32", dtype="float32")
 
 
 def test_flips_are_counted_against_the_run_as_asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

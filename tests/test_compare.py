@@ -106,12 +106,26 @@ def test_a_run_may_be_named_by_the_beginning_of_its_folder(cli: Cli, store: Resu
         assert (done.code, "holds no results" in done.err) == (2, True)
 
 
+def test_a_results_folder_and_a_method_name_a_run(cli: Cli, store: ResultStore) -> None:
+    """As the README has it: nobody types the folders of suite and model that lie between, nor the hash."""
+    a, b = run(store, GOOD), run(store, FAIR, method="turbo")
+    (store.root / "full-notes.txt").write_text("no run")
+    short = told(cli, "compare", store.root / "full", store.root / "turbo")
+    assert short == told(cli, "compare", a, b)
+    run(store, FAIR, method="turbo", frames=8)
+    done = cli("compare", store.root / "full", store.root / "turbo")
+    assert (done.code, "holds 2 runs (" in done.err) == (2, True)
+
+
 def test_the_text_says_what_the_runs_differ_in(cli: Cli, store: ResultStore) -> None:
     a, b = run(store, GOOD), run(store, FAIR, 2.0, method="turbo", frames=8)
     text = cli("compare", a, b).out
     assert "| accuracy | 0.9 | 0.6 | -0.300 [" in text
     assert "| e2e, s (in turns) | 7 | 3.5 | 2.00× [2.00, 2.00] | 8 |" in text
     assert "- A and B differ in method, frames; `vlmbench explain A B`" in text
+    assert "the same id" not in text
+    other = cli("compare", a, run(store, FAIR, suite_version="2")).out
+    assert "- **the same id may be another question** (another suite_version): run" in other
 
 
 # What differs.

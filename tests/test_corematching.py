@@ -111,6 +111,16 @@ def test_co_activation_counts_all_positive_core_neurons(seed: int, beta: float) 
     assert torch.equal(co_activation(weak, neurons), scores)
 
 
+def test_the_rule_keeps_what_is_frequent_and_drops_what_is_rare() -> None:
+    """Not a fault but the rule: every token votes alike, so a brief object on much background is no core token."""
+    values = -torch.ones(100, 20)
+    values[:90, :8] = 1.0  # background
+    values[90:, 8:16] = 5.0  # an object, however strong
+    neurons = core_set(core_counts(values, 0.5), n_core(0.4, 20))
+    assert neurons.tolist() == [*range(8)]
+    assert core_tokens(co_activation(values, neurons)).kept.tolist() == [True] * 90 + [False] * 10
+
+
 # The knee.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,3 +33,15 @@ def test_a_loss_that_is_not_there_is_seen(tmp_path: Path) -> None:
     (row,) = rows(tmp_path, [LLAVA], [harmless])
     assert row["loss"] < 0.2
     assert not row["holds"]
+
+
+def test_the_committed_table_shows_every_loss_at_every_length() -> None:
+    folder = Path(__file__).parents[1] / "results" / "cpu"
+    table = json.loads((folder / "discrimination.json").read_text())["rows"]
+    assert (folder / "discrimination.md").read_text() == to_markdown(table)
+    told = {(row["model"], row["method"], row["length"]) for row in table}
+    for model in SHIPPED:
+        for loss in LOSSES:
+            name = loss.method + (f" --frames {loss.frames}" if loss.frames else "")
+            assert {(model, name, length) for length in loss.lengths} <= told
+    assert [row for row in table if not row["holds"]] == []

@@ -80,8 +80,12 @@ def provide(workplace: Path, args: list[str]) -> None:
     places = [arg for arg in args[1:] if arg == "runs" or arg.startswith("runs/")] if args[0] != "run" else []
     for number, place in enumerate(places):
         path = workplace / place
+        inside = path.parent.name != "runs" and place != "runs"  # a run by OUT/METHOD: only OUT is put there
+        path = path.parent if inside else path
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if inside and not path.exists():
+            path.symlink_to(workplace / "stored")
+        elif not path.exists():
             path.symlink_to(runs[number] if args[0] in ("compare", "explain") else workplace / "stored")
 
 

@@ -31,6 +31,7 @@ from vlmbench.models.base import Features
 from vlmbench.models.loading import load
 from vlmbench.patch import Patcher
 from vlmbench.trace import Trace
+from vlmbench.work import FORMULA
 
 QUESTION = "where is the red circle ?"
 seeds = st.integers(0, 10**6)
@@ -357,6 +358,15 @@ def test_prefill_and_decoding_are_one_pass_over_the_whole_as_in_training(adapter
     torch.testing.assert_close(taught.logits[taught.row == 1], alone.logits, rtol=0, atol=1e-5)
 
 
+def test_work_counts_every_slot_for_every_token_in_every_layer(adapter: Any, clip: Any) -> None:
+    method, trace = memory_method(), Trace()
+    prompt = method.prepare(spliced(adapter, [clip(2)]), trace)
+    n, d = len(prompt.extras["memvp_slots"].row), adapter.shapes.hidden
+    own = method.work(prompt, adapter.shapes, trace).own_flops
+    assert own == 4 * d * n * prompt.length * adapter.shapes.layers + 2 * n * 128 * (d + d)
+    assert "memvp: 4 · hidden · slots per token and layer, and its projector" in FORMULA
+
+
 def test_without_scale_the_answer_is_that_of_the_question_alone(adapter: Any, clip: Any) -> None:
     found = {}
     for scale, clips in ((0.0, [clip(4)]), (0.5, [clip(4)]), (0.0, [])):
@@ -494,7 +504,7 @@ def test_a_model_of_another_shape_is_refused(adapter: Any, mini: Any, tmp_path: 
 
 
 def test_parameters_that_mean_nothing_are_refused() -> None:
-    wrong: list[dict[str, Any]] = [{"slots": 0}, {"vision": -1}]
+    wrong: list[dict[str, Any]] = [{"slots": 0}, {"vision": -1}, {"scale": math.nan}, {"scale": math.inf}]
     for options in wrong:
         with pytest.raises(UsageError, match="memvp:"):
             Memvp(**options)

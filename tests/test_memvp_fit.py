@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from vlmbench import artefact, memvp_file
-from vlmbench.memvp_train import Recipe, Trainer
+from vlmbench.fitting import Fitting
+from vlmbench.memvp_data import collect
+from vlmbench.memvp_train import Recipe
+from vlmbench.methods.memvp import Memvp
+from vlmbench.progress import Progress
+from vlmbench.request import RunRequest
+from vlmbench.session import Session
 from vlmbench.store import ResultStore
 
 Cli = Callable[..., Any]
@@ -60,40 +70,53 @@ def test_the_seed_decides_the_file(cli: Cli, tmp_path: Path) -> None:
     assert other.digest != first.digest
 
 
-class Killed(BaseException):
-    pass
+DIES = f"""
+import os, signal, sys
+from vlmbench.cli import main
+
+def replace(part, path, replace=os.replace, states=[]):
+    states += [path] if str(path).endswith(".training") else []
+    if len(states) > {STEPS // 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(part, path)
+
+os.replace = replace
+main(sys.argv[1:])
+"""
+"""Killed (-9) where a kill hurts most: with the seventh state written and not yet in its place."""
 
 
-def test_a_training_that_was_killed_ends_with_the_same_weights(
-    cli: Cli, tmp_path: Path, fitted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_training_that_was_killed_ends_with_the_same_weights(cli: Cli, tmp_path: Path, fitted: Path) -> None:
     out = tmp_path / "stopped.safetensors"
-    step = Trainer._step
-
-    def dies(self: Trainer) -> float:
-        if self.step == STEPS // 2:
-            raise Killed
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "_step", dies)
-    with pytest.raises(Killed):
-        fit(cli, out)
-    monkeypatch.setattr(Trainer, "_step", step)
+    command = [sys.executable, "-c", DIES, *map(str, (*FIT, "--out", out, "--steps", STEPS, "--lr", 0.003))]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    died = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert died.returncode == -signal.SIGKILL, died.stderr
     state = out.with_name(f"{out.name}.training")
     assert state.exists()
     assert not out.exists()
-    refused = fit(cli, out, "--lr", 0.002)
-    assert refused.code == 2
-    assert f"{state} holds a training of another model, data or recipe; delete it" in refused.err
+    for other in (("--lr", 0.002), ("--sampler", "interior")):
+        refused = fit(cli, out, *other)
+        assert refused.code == 2
+        assert f"{state} holds a training of another model, data or recipe; delete it" in refused.err
+    stored = torch.load(state, weights_only=True)
+    torch.save({**stored, "seconds": stored["seconds"] + 5000}, state)
     done = fit(cli, out)
     assert f"goes on from step {STEPS // 2} of {STEPS}" in done.err
     whole, resumed = (memvp_file.read(str(path)) for path in (fitted, out))
     assert resumed.curve == whole.curve
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
     assert resumed.digest == whole.digest
+    assert resumed.seconds > 5000  # what the killed command spent counts too
     state.write_bytes(b"no state")
     spoilt = fit(cli, out)
     assert (spoilt.code, f"{state} cannot be read" in spoilt.err) == (2, True)
+    torch.save([1], state)
+    foreign = fit(cli, out)
+    assert (foreign.code, f"{state} holds a training of another" in foreign.err) == (2, True)
 
 
 def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(cli: Cli, tmp_path: Path) -> None:
@@ -117,6 +140,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_weights(cli: Cli, tmp
         (("--batch", "0"), "--batch must be at least 1, not 0"),
         (("--lr", "0"), "--lr must be above 0, not 0"),
         (("--steps", "0"), "--steps must be at least 1, not 0"),
+        (("--method", "memvp:artefact=untrained"), "training begins anew; leave artefact out"),
         (("--method", "memvp:slots=0"), "memvp:slots must be at least 1, not 0"),
         (("--method", "pevlm"), "--batch and --lr are of training, and pevlm is only searched"),
     ],
@@ -190,3 +214,24 @@ def test_the_rate_rises_and_falls_to_zero() -> None:
     assert max(rates) == rates[10] == 1.0
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
     assert rates[100] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("model", [MODEL, "mini-qwen2.5-vl@random"])
+def test_a_further_question_on_a_picture_is_read_as_if_it_were_the_first(model: str, tmp_path: Path) -> None:
+    """The picture is kept and only the text behind it is another: tokens, positions and embeddings are the whole's own."""
+    request = RunRequest(model=model, suite=SUITE, limit=4, mode="accuracy", methods=())
+    with Progress(terminal=False) as progress, Session(request, progress, split="train", stored=False) as session:
+        fitting = Fitting(session, Memvp(), 0.0, 1, out=tmp_path / "a")
+        for cached in (True, False):
+            material = collect(fitting, cached=cached)
+            assert len(material.pictures) < len(material.questions) == 4
+            for sample, question in zip(fitting.samples, material.questions, strict=True):
+                clips = session.clips(sample, session.blank(sample, "accuracy"))
+                assert clips is not None
+                inputs = fitting.adapter.inputs(clips, session.asked(sample, clips).question)
+                with torch.no_grad():
+                    whole = fitting.adapter.splice(inputs, fitting.adapter.encode_vision(inputs))
+                    found = material.whole(fitting.adapter, question)
+                assert torch.equal(question.ids, inputs["input_ids"][0])
+                assert torch.equal(found.positions, whole.positions)
+                assert torch.equal(found.embeds, whole.embeds)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from vlmbench.memvp_data import teach
-from vlmbench.memvp_rival import NAMES, BothLearner, Lora, LoraLearner, made_up, main
+from vlmbench.memvp_lora import BothLearner, Lora, LoraLearner
+from vlmbench.memvp_rival import NAMES, made_up, main
 from vlmbench.memvp_train import MemoryLearner, Recipe, Trainer
 from vlmbench.methods.memvp import Memvp
 from vlmbench.models.loading import load
@@ -96,3 +97,14 @@ def test_the_comparison_runs_and_says_what_it_compared(tmp_path: Path, capsys: p
     assert "in the prompt and LoRA" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*args, "--names", "memvp/qlora"])
+    # What was trained before is not trained again, and its seconds are still those of training.
+    state = tmp_path / "memvp.json.memvp.training"
+    torch.save({**torch.load(state, weights_only=True), "seconds": 5000.0}, state)
+    main([*args, "--batch", "2", "--slots", "20", "--names", "memvp"])
+    (again,) = json.loads(out.read_text())["rows"]
+    assert again["train_s"] == pytest.approx(5000, abs=1)
+    assert (again["curve"], again["accuracy"]) == (found["rows"][0]["curve"], found["rows"][0]["accuracy"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*args, "--batch", "2", "--slots", "20", "--scale", "0.5", "--names", "memvp"])
+    assert "holds a training of another model, data or recipe" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vlmbench import artefact
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
 from vlmbench.kernels.calls import reference
@@ -25,8 +26,8 @@ from vlmbench.method import Method
 from vlmbench.methods.full import Full
 from vlmbench.methods.mminference import Mminference
 from vlmbench.mm_artefact import read
-from vlmbench.mm_attention import attention
-from vlmbench.mm_patterns import INTERS, KINDS, Head, Intra, Run, Scene
+from vlmbench.mm_attention import attention, note
+from vlmbench.mm_patterns import INTERS, KINDS, USED, Head, Intra, Run, Scene
 from vlmbench.mm_planted import plant
 from vlmbench.mm_search import GAIN, at_cost, choose, output_recall, search_layer, text_only
 from vlmbench.suite import Caption
@@ -251,11 +252,56 @@ def test_a_prompt_in_pieces_is_refused(adapter: Any, clip: Any) -> None:
         ({"phase": -1}, "phase must be at least 0"),
         ({"artefact": "/nowhere.json"}, "does not exist; make it with `vlmbench fit"),
         ({"artefact": "x.json", "pattern": "vs"}, "leave pattern out"),
+        ({"columns": 5}, "pattern=grid,boundary=none does not use columns; leave it out"),
+        ({"pattern": "vs", "local": 5, "stride": "row"}, "does not use stride, local; leave them out"),
+        ({"pattern": "sf-fixed", "stride": "row"}, "does not use stride"),
+        ({"text": "dense"}, "does not use text"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(options: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Mminference(**options)
+
+
+def test_every_parameter_that_is_taken_changes_what_a_head_does() -> None:
+    """None has no effect: a name in a result folder would say otherwise."""
+    scene = Scene((Run(False, 0, 9), Run(True, 9, 309), Run(False, 309, 320)), 30, 6)
+    values: dict[str, Any] = {
+        "lines": "v",
+        "stride": "7",
+        "phase": 2,
+        "sink": 3,
+        "local": 5,
+        "columns": 4,
+        "slashes": 4,
+    }
+    for pattern, names in USED.items():
+        given: dict[str, Any] = {"pattern": pattern}
+        plain = Mminference(**given).heads(scene, 0, 5)
+        for name in names:
+            assert Mminference(**given, **{name: values[name]}).heads(scene, 0, 5) != plain, (pattern, name)
+
+
+def test_layers_that_are_all_left_alone_are_refused(adapter: Any) -> None:
+    count = adapter.shapes.layers
+    Mminference(dense_layers=count - 1).check(adapter)
+    with pytest.raises(UsageError, match=f"dense_layers={count} leaves none of the model's {count} layers to it"):
+        Mminference(dense_layers=count).check(adapter)
+
+
+def test_scores_that_are_written_out_are_said_to_be_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device without the kernel: every score is computed then, and its time is not the pattern's."""
+    shape = Shape(12, 16, 4, 2, 32)
+    method = Mminference(pattern="a_shape", local=8, sink=2)
+    prompt = method.prepare(shape.prompt(), Trace())
+    heads = method.heads(scene := prompt.extras["mm_scene"], 0, 4)
+    q, k, v = qkv(shape.tokens)
+    for dtype, masked in ((torch.float32, False), (torch.float16, True)):
+        trace = Trace()
+        _, did = attention(q.to(dtype), k.to(dtype), v.to(dtype), heads, scene)
+        note(trace, scene, 0, 4, did)
+        assert trace.facts.get("masked", False) == masked
+        assert (did.tally.pairs > did.allowed) == masked
 
 
 # The search and its file.
@@ -347,7 +393,10 @@ def test_fit_writes_a_pattern_for_every_head_and_the_model_takes_it(fitted: Path
     done, trace = answered(adapter, method, [clip(6)])
     assert trace.applied
     assert len(done.token_ids) == 2
-    assert method.fitted() == {"artefact": read(str(fitted)).digest}
+    given = method.fitted()
+    assert given.pop("artefact") == read(str(fitted)).digest
+    assert set(given) >= {"pattern", "boundary", "stride", "local"}  # which hold for no head of a file
+    assert set(given.values()) == {None}
     text, said = answered(adapter, method, [])  # the table for text alone
     assert said.facts["density"] or not said.applied
     assert not text.first_logits.isnan().any()
@@ -416,6 +465,43 @@ def test_a_file_of_other_weights_or_another_shape_is_refused(fitted: Path, adapt
     fewer = changed(fitted, drop)
     with pytest.raises(UsageError, match=r"3 layers of \[4\] heads, and the model 4 of 4"):
         Mminference(artefact=fewer).check(adapter)
+
+
+def test_auto_is_the_shipped_file_of_the_loaded_weights_or_else_the_users(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped, cache = tmp_path / "shipped", tmp_path / "cache" / "artefacts"
+    monkeypatch.setattr(artefact, "SHIPPED", shipped)
+    monkeypatch.setenv("VLMBENCH_CACHE", str(tmp_path / "cache"))
+    for folder in (shipped, cache):
+        folder.mkdir(parents=True)
+    mine = read(str(fitted))
+    identity: Any = SimpleNamespace(model=mine.model, weights_hash=mine.weights_hash)
+    method = Mminference(artefact="auto")
+    (cache / "mminference-broken.json").write_text("{")
+    replace(mine, weights_hash="other").write(shipped / "mminference-other.json")
+    with pytest.raises(UsageError, match=r"finds no file for mini-llava-ov@random .* make one with `vlmbench fit"):
+        method.check_weights(identity)
+    scene = Scene((Run(True, 0, 50),), 10, 5)
+    with pytest.raises(UsageError, match="known once weights are loaded"):  # never quietly a grid for all heads
+        method.heads(scene, 0, 4)
+    mine.write(cache / "mminference-a.json")
+    method.check_weights(identity)
+    assert method.fitted()["artefact"] == mine.digest
+    assert method.heads(scene, 0, 4) == Mminference(artefact=str(fitted)).heads(scene, 0, 4)
+    replace(mine, budget=2.0).write(cache / "mminference-b.json")
+    with pytest.raises(UsageError, match=r"finds 2 files .* name the one that you mean"):
+        method.check_weights(identity)
+    replace(mine, budget=3.0).write(shipped / "mminference-c.json")
+    method.check_weights(identity)
+    assert method.fitted()["artefact"] == replace(mine, budget=3.0).digest
+
+
+def test_a_fit_refuses_what_it_would_not_heed() -> None:
+    nothing: Any = None
+    for method in (Mminference(pattern="vs"), Mminference(dense_layers=1), Mminference(artefact="auto")):
+        with pytest.raises(UsageError, match="fit chooses a pattern for every head of every layer; leave"):
+            method.search(nothing)
 
 
 def test_heads_survive_the_file() -> None:

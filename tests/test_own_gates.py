@@ -16,7 +16,7 @@ from vlmbench.patch import fingerprint
 from vlmbench.request import RunRequest
 from vlmbench.session import make_methods
 from vlmbench.stats import Estimate
-from vlmbench.work_gate import FILE, counted, differences
+from vlmbench.work_gate import FILE, counted, differences, settled
 
 COMMITTED = Path(__file__).resolve().parents[1] / FILE
 MODEL = "mini-llava-ov@random"
@@ -54,6 +54,33 @@ def test_rows_that_come_and_go_are_named(fresh: list[dict[str, Any]]) -> None:
     assert differences(fresh[1:], fresh) == [f"{MODEL} full: not in the committed file"]
     assert differences(fresh, fresh[1:]) == [f"{MODEL} full: no longer there"]
     assert differences(fresh[:1], [{**fresh[0], "more": 1}]) == [f"{MODEL} full: more None → 1"]
+
+
+def test_figures_that_weights_decide_are_left_out_and_all_others_compared(fresh: list[dict[str, Any]]) -> None:
+    other = [{**fresh[0], "tokens": fresh[0]["tokens"] + 1}, *fresh[1:]]
+    found = settled([fresh, other, fresh])
+    assert found == [{**fresh[0], "tokens": None}, *fresh[1:]]
+    assert differences(found, other) == differences(found, fresh) == []
+    moved = [{**other[0], "pairs": 0}, *fresh[1:]]
+    assert differences(found, moved) == [f"{MODEL} full: pairs {fresh[0]['pairs']} → 0"]
+    assert settled([fresh]) == fresh
+
+
+def test_the_committed_file_leaves_out_what_corematchings_knee_decides_and_nothing_of_fixed_methods() -> None:
+    rows = json.loads(COMMITTED.read_text())["rows"]
+    free = {(row["model"], row["method"]) for row in rows if None in row.values()}
+    choosing = {
+        (row["model"], row["method"])
+        for row in rows
+        if row["method"].startswith("corematching")
+        and "mode=paper" in row["method"]
+        and "part=neurons" not in row["method"]
+    }
+    assert len(choosing) == 9
+    assert free >= choosing
+    assert not [
+        method for _, method in free if method.startswith(("full", "uniform", "random", "turbo", "pevlm", "block"))
+    ]
 
 
 def test_the_slowed_method_is_the_same_method_and_leaves_nothing(clip: Any) -> None:
@@ -104,14 +131,14 @@ def test_the_command_fails_when_a_count_moved(
 ) -> None:
     import typer
 
-    monkeypatch.setattr(work_gate, "rows", lambda: fresh)
+    monkeypatch.setattr(work_gate, "rows", lambda **_: fresh)
     path = tmp_path / "work.json"
     with pytest.raises(typer.Exit) as ended:
         work_gate.main(path)
     assert ended.value.exit_code == 2
     work_gate.main(path, update=True)
     work_gate.main(path)
-    assert "3 rows of exact counts are as committed" in capsys.readouterr().out
+    assert "3 rows of exact counts are as committed; 0 figures" in capsys.readouterr().out
     path.write_text(path.read_text().replace('"flops": ', '"flops": 1'))
     with pytest.raises(typer.Exit) as ended:
         work_gate.main(path)

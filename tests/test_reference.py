@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
@@ -23,7 +25,16 @@ from vlmbench.models.llava import LlavaOnevision
 from vlmbench.models.loading import load
 from vlmbench.models.qwen_vl import QwenVL
 from vlmbench.reference import SHIPPED, expected_hash, hash_of, read_log, verify
-from vlmbench.reference.build import LLAVA, QWEN, TOKENS_PER_UNIT, UNK, make_model, make_processor, make_tokenizer
+from vlmbench.reference.build import (
+    LLAVA,
+    QWEN,
+    TOKENS_PER_UNIT,
+    UNK,
+    make_model,
+    make_processor,
+    make_tokenizer,
+    match_words,
+)
 from vlmbench.reference.data import IMAGE, VALIDATION_SEED, Library, Pool, clip_of, make_pool, scene_of
 from vlmbench.reference.evaluate import teacher_forced
 from vlmbench.reference.features import group_of, pool_features
@@ -481,3 +492,44 @@ def test_a_model_may_begin_with_the_language_side_of_a_shipped_one(tmp_path: Pat
     theirs = load(LLAVA, **AS_TRAINED).adapter.text.state_dict()
     ours = begun.model.model.language_model.state_dict()
     assert all(torch.equal(ours[key], weight) for key, weight in theirs.items())
+
+
+def test_a_resumed_training_names_the_weights_that_it_began_with(
+    tmp_path: Path, pools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped model may be another one by then."""
+    recipe = dataclasses.replace(tiny(QWEN), start=LLAVA)
+    Trainer(recipe, tmp_path, pools, workers=1)._save([])
+    began = read_log(SHIPPED[LLAVA])["weights_sha256"]
+    monkeypatch.setattr("vlmbench.reference.train.read_log", lambda folder: {"seed": 0, "weights_sha256": "another"})
+    log = json.loads((Trainer(recipe, tmp_path, pools, workers=1).export() / "training.json").read_text())
+    assert log["start_weights_sha256"] == began
+
+
+def test_matched_words_find_themselves_and_other_words_nothing_new() -> None:
+    """One head of two layers scores a word against itself as far as in its slow frequencies; words outside are untouched."""
+    model = make_model(LLAVA, make_tokenizer(VOCABULARY)).model.language_model
+    words = F.normalize(torch.randn(16, 192, generator=torch.Generator().manual_seed(0)), dim=-1)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    match_words(model, words, seed=0)
+    changed = {
+        name: weight - before[name]
+        for name, weight in model.named_parameters()
+        if not torch.equal(weight, before[name])
+    }
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert set(changed) == {f"layers.{layer}.self_attn.{part}.weight" for layer in (2, 3) for part in parts}
+    outside = torch.randn(8, 192, generator=torch.Generator().manual_seed(1))
+    basis = torch.linalg.qr(words.T).Q
+    outside = outside - outside @ basis @ basis.T
+    for layer in (2, 3):
+        query, key, value, out = (changed[f"layers.{layer}.self_attn.{part}.weight"] for part in parts)
+        query, key, value, out = query[96:128], key[32:], value[32:], out[:, 96:128]
+        scores = (words @ query.T) @ (words @ key.T).T
+        assert (scores.argmax(-1) == torch.arange(16)).all()
+        assert (scores.diagonal() > 0).all()
+        assert not query[[*range(8), *range(16, 24)]].any()  # what turns fast
+        copied = (words @ value.T) @ out.T @ words.T
+        assert (copied.diagonal() > 0).all()
+        for weight in (query, key, value):
+            torch.testing.assert_close(outside @ weight.T, torch.zeros(8, 32), rtol=0, atol=1e-5)

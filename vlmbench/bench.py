@@ -241,7 +241,7 @@ def note_masked(row: dict[str, Any], trace: Trace) -> None:
     """Say once that a mask stood in for a kernel."""
     if trace.facts.get("masked") and "masked" not in row["marks"]:
         row["marks"] = [*row["marks"], "masked"]
-        add_note(row, "no kernel for this device or shape: a dense call under a mask ran")
+        add_note(row, "no kernel for this device or shape: plain calls ran that compute scores and mask them")
 
 
 def close_row(

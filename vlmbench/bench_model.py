@@ -29,7 +29,7 @@ from vlmbench.madeup import Shape, after_clip, embedded, frames_per_unit, vision
 from vlmbench.parallel import ParallelEncoding
 from vlmbench.patch import Patcher
 from vlmbench.recorded import Decoding, Filled, Tower, decoding, on_host, tower
-from vlmbench.rounds import Clock, Side, out_of_memory, peak_bytes, release
+from vlmbench.rounds import Clock, Side, first_line, out_of_memory, peak_bytes, release
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
@@ -214,8 +214,11 @@ class _Bench:
         inputs = (_tensors(dense_inputs), _tensors(own_inputs))
         self._race(row, dense, own, inputs, make if self._recording(row) else None)
         dense_cost = vision_cost(self.adapter, dense_inputs)
-        inside = self.method if "vision" in self.method.traits.stages else None
-        own_cost = vision_cost(self.adapter, own_inputs, inside)
+        own_cost = None
+        try:
+            own_cost = vision_cost(self.adapter, own_inputs, self.method)
+        except RuntimeError as error:  # a method that looks at data; what was timed stands
+            add_note(row, f"its FLOPs could not be counted on a tower without data ({first_line(error)})")
         add_shares(row, self.device, self.dtype, dense_cost, own_cost)
 
     # -- what is timed ----------------------------------------------------------------------------------------------------

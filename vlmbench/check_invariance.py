@@ -14,6 +14,7 @@ from typing import NamedTuple
 from vlmbench import stats
 from vlmbench.errors import UsageError
 from vlmbench.fidelity import fidelity, said
+from vlmbench.machine import pick_device, pick_dtype
 from vlmbench.plain import cell
 from vlmbench.progress import Progress
 from vlmbench.record import FINISHED, SampleRecord
@@ -56,7 +57,8 @@ class Row(NamedTuple):
 
 def variants(request: RunRequest) -> list[Variant]:
     """What is tried besides the run as asked for."""
-    dtype = "float32" if request.dtype in ("bfloat16", "float16") else "bfloat16"
+    # What the device makes of no --dtype: on CUDA bfloat16, which would be compared with itself.
+    dtype = "float32" if pick_dtype(request.dtype, pick_device(request.device)).itemsize < 4 else "bfloat16"
     others = [name for name in DECODERS if name != default_decoder() and importlib.util.find_spec(MODULES[name])]
     other = "sdpa" if request.attention == "eager" else "eager"
     return [

@@ -132,6 +132,10 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], a: Loaded, b: Loaded) -> str:
     differ = [row["field"] for row in explain(a, b) if row["changes"] != "time" or row["field"] in ("card", "threads")]
     said = f"differ in {', '.join(differ)}" if differ else "differ in nothing that can change answers"
     lines.append(f"- A and B {said}; `vlmbench explain A B` says what that does")
+    if other := [name for name in ("suite_version", "suite_hash") if name in differ]:
+        lines.append(
+            f"- **the same id may be another question** (another {' and '.join(other)}): run one of them again"
+        )
     lines.append("- differences are B − A; × above 1: B is faster; brackets are 95 % intervals clustered by video")
     return "\n".join(lines) + "\n"
 

@@ -32,11 +32,12 @@ def fit(method: Memvp, fitting: Fitting) -> Trained:
     recipe = recipe_for(fitting, len(material.questions))
     learner = MemoryLearner(adapter, material, memory)
     trainer = Trainer(learner, recipe, fitting.state, identity_of(fitting, material, memory), fitting.session.progress)
+    before_s = time.monotonic() - began_s
     try:
         trainer.run(method.name)
     except NotFinite as error:
         raise RunError(f"{error}: {_rescued(trainer, fitting, material, memory)}; give a lower --lr.") from error
-    return trained(trainer, fitting, material, memory, seconds=time.monotonic() - began_s)
+    return trained(trainer, fitting, material, memory, seconds=before_s + trainer.seconds)
 
 
 def recipe_for(fitting: Fitting, questions: int) -> Recipe:
@@ -47,9 +48,12 @@ def recipe_for(fitting: Fitting, questions: int) -> Recipe:
 
 
 def identity_of(fitting: Fitting, material: Material, memory: VisualMemory) -> str:
-    """Model, data and what is trained: a training goes on only where all of it is the same."""
-    shape = dataclasses.asdict(memory.shape)
-    return repr((fitting.session.backend.identity.weights_hash, material.data_hash, shape, memory.scale))
+    """Model, data, the frames taken of it and what is trained: a training goes on only where all of it is the same."""
+    session, request, shape = fitting.session, fitting.session.request, dataclasses.asdict(memory.shape)
+    model = session.backend.identity
+    computed = (model.weights_hash, model.dtype, model.attention)
+    shown = (session.sampler, session.frames, session.fps, session.decoder_name, request.max_pixels, request.min_pixels)
+    return repr((computed, material.data_hash, shown, shape, memory.scale))
 
 
 def trained(trainer: Trainer, fitting: Fitting, material: Material, memory: VisualMemory, seconds: float) -> Trained:

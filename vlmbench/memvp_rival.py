@@ -11,24 +11,23 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
 from vlmbench import header, stats
-from vlmbench.errors import UsageError
+from vlmbench.errors import RunError, UsageError
 from vlmbench.files import write_json
 from vlmbench.fitting import Fitting
 from vlmbench.layout import Prompt, Span, TokenLayout
 from vlmbench.memvp_data import Material, Question, collect
-from vlmbench.memvp_fit import recipe_for, trained
+from vlmbench.memvp_fit import identity_of, recipe_for, trained
+from vlmbench.memvp_lora import BothLearner, Lora, LoraLearner
 from vlmbench.memvp_prompt import units_of
 from vlmbench.memvp_train import Learner, MemoryLearner, Recipe, Trainer
 from vlmbench.methods.full import Full
@@ -41,66 +40,9 @@ if TYPE_CHECKING:
     from vlmbench.method import Method
     from vlmbench.models.base import ModelAdapter
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NAMES = ("memvp", "lora", "memvp+lora")
 VISUAL, TEXT, ANSWER, BATCH, ROUNDS = 256, 64, 2, 8, 7
 """Tokens of a made-up question, questions a step, and rounds of the timing."""
-
-
-class Lora:
-    """Low-rank updates of every linear layer of the language model, in place until `close`."""
-
-    def __init__(self, adapter: ModelAdapter, budget: int, seed: int) -> None:
-        """The rank whose parameters come nearest to `budget`."""
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-
-        linears = [m for name, m in adapter.text.named_modules() if name.rpartition(".")[2] in TARGETS]
-        self.rank = max(1, round(budget / sum(each.in_features + each.out_features for each in linears)))
-        config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, lora_dropout=0.0, target_modules=list(TARGETS))
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self._tuned = LoraModel(adapter.text, config, "default")
-        self.parameters: dict[str, nn.Parameter] = {
-            f"lora.{name}": p for name, p in adapter.text.named_parameters() if ".lora_" in name
-        }
-
-    def close(self) -> None:
-        """Every linear layer as it was."""
-        self._tuned.unload()
-
-
-class LoraLearner(Learner):
-    """The aligned model with its visual tokens in the prompt."""
-
-    def __init__(self, adapter: ModelAdapter, material: Material, lora: Lora) -> None:
-        super().__init__(adapter, material)
-        self._lora = lora
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return self._lora.parameters
-
-    def attached(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-    def prompts(self, questions: Sequence[Question]) -> list[Prompt]:
-        return [self.material.whole(self.adapter, question) for question in questions]
-
-    def train(self, mode: bool) -> None:
-        """No dropout."""
-
-
-class BothLearner(MemoryLearner):
-    """MemVP, and low-rank updates of what reads it."""
-
-    def __init__(self, adapter: ModelAdapter, material: Material, memory: Any, lora: Lora) -> None:
-        super().__init__(adapter, material, memory)
-        self._lora = lora
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return {**super().parameters, **self._lora.parameters}
 
 
 class Rivals(NamedTuple):
@@ -132,9 +74,8 @@ class Rivals(NamedTuple):
             else:
                 learner = BothLearner(adapter, self.material, memory, lora)
             state = self.out.with_name(f"{self.out.name}.{name.replace('+', '-')}.training")
-            key = f"{name} {self.fitting.session.backend.identity.weights_hash} {self.material.data_hash}"
+            key = f"{name} {identity_of(self.fitting, self.material, memory)}"
             trainer = Trainer(learner, recipe, state, key, self.fitting.session.progress)
-            begin = time.monotonic()
             trainer.run(name)
             method: Method = Full()
             if name != "lora":
@@ -149,7 +90,7 @@ class Rivals(NamedTuple):
             "batch": recipe.batch,
             "lr": recipe.lr,
             "curve": trainer.curve,
-            "train_s": round(time.monotonic() - begin, 1),
+            "train_s": round(trainer.seconds, 1),
             "n": len(scores),
             "accuracy": None if accuracy is None else accuracy.value,
             "accuracy_low": None if accuracy is None else accuracy.low,
@@ -314,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = compare(request, args.out, names, method, args, progress)
     except UsageError as error:
         parser.error(str(error))
+    except RunError as error:
+        parser.exit(1, f"{error}\n")
     write_json(args.out, found)
     print(to_markdown(found))
 

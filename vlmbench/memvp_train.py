@@ -258,7 +258,7 @@ class Trainer:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UsageError(f"{self.path} cannot be read ({str(error)[:80]}); delete it to begin again.") from None
-        if state["key"] != self._key:
+        if not isinstance(state, dict) or state.get("key") != self._key:
             raise UsageError(
                 f"{self.path} holds a training of another model, data or recipe; delete it to begin again, or give another "
                 f"--out."

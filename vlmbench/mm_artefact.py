@@ -16,16 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmbench.artefact import ORIGIN, fit_line, refuse_weights
+from vlmbench.artefact import ORIGIN, cache_folder, candidates, fit_line, refuse_weights
 from vlmbench.errors import UsageError
 from vlmbench.files import write_json
 from vlmbench.mm_patterns import Head
+from vlmbench.spec import slug
 
 if TYPE_CHECKING:
     from vlmbench.backend import Identity
 
 SCHEMA = 1
 METHOD = "mminference"
+AUTO = "auto"
+"""``artefact=auto``: the file for the loaded weights, shipped or in the user's cache."""
 Table = tuple[tuple[Head, ...], ...]
 """Layer -> query head -> what it does."""
 
@@ -118,6 +121,34 @@ def read(path: str) -> HeadPatterns:
         return _parsed(data)
     except ValueError as error:
         raise UsageError(f"{where} is damaged ({error}); make it again with `{line}`.") from None
+
+
+def find(identity: Identity) -> tuple[HeadPatterns, Path]:
+    """The shipped file for the loaded weights, or else the one in the user's cache.
+
+    Raises `UsageError` when there is none, or when several in one folder fit and say different things.
+    """
+    found: dict[Path, dict[str, tuple[HeadPatterns, Path]]] = {}
+    for path in candidates(f"{METHOD}-*.json"):
+        try:
+            each = read(str(path))
+        except UsageError:
+            continue  # somebody's broken file in the cache is no reason to stop
+        if each.weights_hash == identity.weights_hash:
+            found.setdefault(path.parent, {}).setdefault(each.digest, (each, path))
+    if not found:
+        out = cache_folder() / f"{METHOD}-{slug(identity.model)}.json"
+        raise UsageError(
+            f"{METHOD}:artefact={AUTO} finds no file for {identity.model} with weights {identity.weights_hash[:10]}; make one "
+            f"with `{fit_line(METHOD, str(out), model=identity.model)}`."
+        )
+    first = next(iter(found.values()))
+    if len(first) > 1:
+        raise UsageError(
+            f"{METHOD}:artefact={AUTO} finds {len(first)} files for {identity.model}: "
+            f"{', '.join(str(path) for _, path in first.values())}; name the one that you mean."
+        )
+    return next(iter(first.values()))
 
 
 _STRINGS = ("model", "weights_hash", "suite", "suite_version", "data_hash", "sampler")

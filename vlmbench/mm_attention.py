@@ -6,10 +6,11 @@ from head to head (phase, columns, diagonals) is in index tensors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,14 @@ from vlmbench.kernels.grid import visible as grid_visible
 from vlmbench.kernels.vertical_slash import FIRST, NEAR, Index, make_index, vertical_slash
 from vlmbench.mm_patterns import Head, Intra, Scene
 
+if TYPE_CHECKING:
+    from vlmbench.trace import Trace
+
 Rule = Callable[[Tensor], Tensor]
 PROBED = 8
 """Last queries on which the trace's recall is taken."""
+DID = "mminference"
+"""Key of `Trace.scratch`: what each layer counted."""
 
 
 @dataclass
@@ -223,6 +229,29 @@ def _window(length: int, local: int, sink: int, tail: int, heads: torch.Size, ro
 
 def _lines(grid: Grid, phase: Tensor, length: int, rows: Tensor) -> Tensor:
     return grid_visible(grid, phase, rows, length)
+
+
+def note(trace: Trace, scene: Scene, layer: int, heads: int, did: Layer) -> None:
+    """Density, recall and strides of a layer into the trace; a prompt on which every pair was computed is inactive."""
+    counted = trace.scratch.setdefault(DID, {})
+    counted[layer] = did
+    if did.tally.written:
+        trace.facts["masked"] = True
+    dense = heads * scene.length * (scene.length + 1) // 2
+    trace.facts.setdefault("density", {})[str(layer)] = round(did.allowed / dense, 4)
+    if did.recalls:
+        every = [float(share) for group in did.recalls for share in group]
+        trace.facts.setdefault("recall", {})[str(layer)] = round(sum(every) / len(every), 4)
+    if did.strides:
+        known = trace.facts.setdefault("strides", {})
+        for stride, count in Counter(map(str, did.strides)).items():
+            known[stride] = known.get(stride, 0) + count
+    if all(each.allowed == dense for each in counted.values()):
+        trace.inactive(
+            f"every pattern holds all pairs of {scene.length} tokens; give a smaller budget or smaller sizes"
+        )
+    else:
+        trace.applied, trace.reason = True, ""
 
 
 def expected_pairs(intra: Intra, scene: Scene) -> int:

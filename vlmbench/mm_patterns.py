@@ -28,6 +28,32 @@ STRIDES = ("auto", "frame", "row")
 _SIZES = {"dense": (), "a_shape": ("sink", "local"), "tri": ("sink", "local"), "grid": ("sink", "local")}
 SIZES: Mapping[str, tuple[str, ...]] = {**_SIZES, "vs": ("columns", "slashes")}
 """Kind -> its sizes in tokens."""
+Pattern = Literal["grid", "a_shape", "tri", "vs", "dense", "mix", "sf-fixed", "sf-strided", "minference"]
+"""What all heads may be told to do at once: a kind, a baseline of table 1, or the fixed workload's mix."""
+KIND_OF: Mapping[str, Kind] = {"sf-fixed": "grid", "sf-strided": "grid", "minference": "vs"}
+PUBLISHED: Mapping[str, dict[str, int]] = {
+    "grid": {"sink": 128, "local": 1024},
+    "a_shape": {"sink": 128, "local": 4096},
+    "tri": {"sink": 128, "local": 4096},
+    "vs": {"columns": 1000, "slashes": 2048},
+    "dense": {},
+    "mix": {},
+    "sf-fixed": {"sink": 1},
+    "sf-strided": {"sink": 1},
+    "minference": {"columns": 1000, "slashes": 6096},
+}
+"""Tables 3 and 4 of the paper; MInference's own default for a head without an entry."""
+_GRID = ("lines", "stride", "phase", "sink", "local")
+USED: Mapping[str, tuple[str, ...]] = {
+    "grid": _GRID,
+    **dict.fromkeys(("a_shape", "tri", "sf-fixed", "sf-strided"), ("sink", "local")),
+    **dict.fromkeys(("vs", "minference"), ("columns", "slashes")),
+    "dense": (),
+    "mix": (*_GRID, "columns", "slashes"),
+}
+"""Pattern -> parameters that change it."""
+OF_A_PATTERN = ("pattern", "boundary", "text", "lines", "stride", "phase", "sink", "local", "columns", "slashes")
+"""What only counts where no artefact has a pattern for each head."""
 
 
 @dataclass(frozen=True)

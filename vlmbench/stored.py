@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from vlmbench.errors import UsageError
@@ -10,12 +11,12 @@ from vlmbench.store import ResultStore, RunView
 
 
 def one_run(folder: Path) -> Loaded:
-    """The run at or below `folder`, or the only one whose folder begins with that name. Raises `UsageError`."""
-    if not folder.exists() and folder.parent.is_dir():
-        begun = sorted(each for each in folder.parent.iterdir() if each.name.startswith(folder.name) and each.is_dir())
-        views = [view for each in begun for view in ResultStore(each).runs()]
-    else:
-        views = ResultStore(folder).runs()
+    """The run at or below `folder`, or the only one whose folder begins with that name. Raises `UsageError`.
+
+    ``OUT/METHOD`` is enough where the results folder OUT has one run of that method.
+    """
+    roots = [folder] if folder.exists() else _begun(folder)
+    views = [view for each in roots for view in ResultStore(each).runs()]
     if not views:
         raise UsageError(f"{folder} holds no results; name a folder that `vlmbench run --out` wrote.")
     if len(views) > 1:
@@ -25,6 +26,15 @@ def one_run(folder: Path) -> Loaded:
     if missing:
         raise UsageError(f"{views[0].folder} has a header without {', '.join(missing)}; run it again with --fresh.")
     return found
+
+
+def _begun(folder: Path) -> list[Path]:
+    """Folders with results whose names begin with `folder`'s: beside it, else of a model, else of a whole results folder."""
+    for below in ("", "*/", "*/*/"):
+        named = folder.parent.glob(f"{below}{escape(folder.name)}*")
+        if found := sorted(each for each in named if any(each.rglob("header.json"))):
+            return found
+    return []
 
 
 def _named(views: list[RunView]) -> str:

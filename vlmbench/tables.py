@@ -155,7 +155,7 @@ MARKS = {
     "cpu": "measured on a CPU: read ratios, not seconds",
     "below-trivial": "random, uniform or downsample with no more visual tokens is more accurate, beyond the error",
     "mixed": "videos of several lengths: frames, visual tokens and times are medians over them",
-    "masked": "computes the dense amount and masks; its time says nothing about the method",
+    "masked": "computes what it then masks, up to the dense amount; its time says nothing about the method",
     "trained": "needs training",
     "inactive>10%": "had nothing to do on more than a tenth of the samples, so no speed-up is given",
 }

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
 
 FORMULA = (
     "language-model prefill, multiply-add = 2 FLOPs; per layer: tokens · 2 · (hidden · head_dim · (2·heads + 2·kv_heads) "
-    "+ 3 · hidden · neurons) + pairs · 4 · heads · head_dim; plus 2 · hidden · vocabulary for the last position"
+    "+ 3 · hidden · neurons) + pairs · 4 · heads · head_dim; plus 2 · hidden · vocabulary for the last position; "
+    "plus what a method adds beside the layers (memvp: 4 · hidden · slots per token and layer, and its projector; mminference: "
+    "2 · head_dim for each score that its patterns are chosen by)"
 )
 """Printed under every table with a FLOPs column: published figures differ by what they count."""
 

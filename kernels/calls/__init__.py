@@ -17,10 +17,15 @@ LAST = 64
 
 @dataclass
 class Tally:
-    """Query-key pairs, summed over heads: of softmax attention, and of scores that only chose what to attend to."""
+    """Query-key pairs, summed over heads: of softmax attention, and of scores that only chose what to attend to.
+
+    A kernel counts the pairs that causality and masks let through; scores that are written out count whole.
+    """
 
     pairs: int = 0
     scores: int = 0
+    written: bool = False
+    """Whether any scores were written out for want of a kernel: then time and memory are not the pattern's."""
 
 
 def attend(
@@ -39,13 +44,18 @@ def attend(
     """
     batch, heads, n, _ = q.shape
     m = k.shape[2]
-    if mask is None:
+    kernel = q.device.type == "cpu" and q.dtype != torch.float16
+    tally.written |= not kernel
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    if not kernel:
+        tally.pairs += batch * heads * n * m
+    elif mask is None:
         tally.pairs += batch * heads * (n * (n + 1) // 2 if causal else n * m)
-        bias = None
     else:
         tally.pairs += int(mask.sum()) * (batch * heads * n * m // mask.numel())
-        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    if q.device.type == "cpu" and q.dtype != torch.float16:
+    if kernel:
         # The kernel behind SDPA on the CPU, by its own name: SDPA does not hand out the log-sum-exp.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=bias, scale=scale

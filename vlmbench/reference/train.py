@@ -61,8 +61,11 @@ class Trainer:
         self.group = group_of(self.model)
         # The vision side writes the words with which the language side that will read them was taught.
         taught_by = self.model
+        self.begun_with: str | None = None
         if recipe.start:
-            taught_by = make_model(recipe.start, self.tokenizer, read_log(verify(recipe.start))["seed"])
+            log = read_log(verify(recipe.start))
+            self.begun_with = log["weights_sha256"]
+            taught_by = make_model(recipe.start, self.tokenizer, log["seed"])
             _begin_with(self.model, recipe.start)
         torch.manual_seed(recipe.seed)
         words = torch.tensor(self.tokenizer.convert_tokens_to_ids([*COLOURS, *SHAPES, *PLACES]))
@@ -250,9 +253,7 @@ class Trainer:
             "device": self.device,
             "threads": torch.get_num_threads(),
             "source": source(),
-            "start_weights_sha256": read_log(verify(self.recipe.start))["weights_sha256"]
-            if self.recipe.start
-            else None,
+            "start_weights_sha256": self.begun_with,
             "versions": {
                 "python": platform.python_version(),
                 **{m.__name__: m.__version__ for m in (torch, transformers, tokenizers, np)},
@@ -284,6 +285,7 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         state = {
             "recipe": self._fingerprint(),
+            "begun_with": self.begun_with,
             "stage": self.stage,
             "step": self.step,
             "seconds": self.seconds,
@@ -309,6 +311,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.order_heads.load_state_dict(state["order_heads"])
+        self.begun_with = state["begun_with"]  # the shipped model may have been trained further since
         self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
         self.optimizer_states, self.curves = state["optimizers"], state["curves"]
 
