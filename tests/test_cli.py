@@ -169,7 +169,7 @@ def test_the_options_reach_the_runner_and_its_exit_code_comes_back(
     assert (seen[0].mode, seen[0].baseline, seen[0].strict, seen[0].out) == ("accuracy", False, True, tmp_path)
     assert cli("run").code == 1  # the demo
     assert seen[1].methods
-    assert (seen[1].limit, seen[1].suite) == (66, "synthvideo:length=32")
+    assert (seen[1].limit, seen[1].suite) == (11, "synthvideo:length=384")
 
 
 def test_the_doctor_reports_and_never_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
