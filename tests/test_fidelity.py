@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.test_report import answered, fill, table
 from vlmbench.engine import first_token
-from vlmbench.fidelity import common_prefix, fidelity, kl, recall
+from vlmbench.fidelity import MANY, common_prefix, divergences, fidelity, kl, recall
 from vlmbench.record import Pass, SampleRecord
 from vlmbench.store import ResultStore
 
@@ -48,6 +48,16 @@ def test_a_vocabulary_that_is_stored_whole_gives_the_true_divergence(a: list[flo
 def test_a_token_outside_the_others_list_is_a_finite_divergence() -> None:
     elsewhere = {"ids": [1], "logprobs": [0.0], "tail": None}
     assert kl(RED, elsewhere) == pytest.approx(math.log(1e7))  # float32's resolution stands for nothing
+
+
+def test_many_at_once_give_the_same_as_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [first_token(row) for row in 4 * torch.randn(2 * MANY + 1, 100, generator=generator)]
+    whole = [{**each, "tail": None} for each in tokens]
+    disjoint = [{**each, "ids": [1000 + id_ for id_ in each["ids"]]} for each in tokens]
+    for others in (tokens[::-1], whole[::-1], disjoint, tokens):
+        one_by_one = [kl(p, q) for p, q in zip(tokens, others, strict=True)]
+        assert divergences(tokens, others) == pytest.approx(one_by_one, abs=1e-9)
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))

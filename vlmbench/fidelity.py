@@ -16,6 +16,8 @@ from vlmbench.record import SampleRecord
 COLUMNS = ("agreement", "first_token_match", "first_token_kl", "greedy_prefix")
 RESOLUTION = 1e-7
 """Mass that a stored tail of nothing may hold: what float32 leaves of 1 − Σp."""
+MANY = 256
+"""Pairs that are compared at once."""
 
 Pair = tuple[SampleRecord, SampleRecord]
 
@@ -35,7 +37,7 @@ def fidelity(pairs: Sequence[Pair]) -> dict[str, float]:
     found = {"agreement": fmean(said(own) == said(full) for own, full in pairs)}
     if tokens:
         found["first_token_match"] = fmean(own["ids"][:1] == full["ids"][:1] for own, full in tokens)
-        found["first_token_kl"] = fmean(kl(full, own) for own, full in tokens)
+        found["first_token_kl"] = fmean(divergences([full for _, full in tokens], [own for own, _ in tokens]))
     if prefixes:
         found["greedy_prefix"] = fmean(prefixes)
     return found
@@ -70,6 +72,37 @@ def kl(p: Mapping[str, Any], q: Mapping[str, Any]) -> float:
         if mass > 0:
             total += mass * math.log(mass / other_mass)
     return max(0.0, total)
+
+
+def divergences(ps: Sequence[Mapping[str, Any]], qs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """`kl` of each pair; in arrays where all lists are of one length, since a table asks it ten thousand times."""
+    lengths = {len(each["ids"]) for each in (*ps, *qs)}
+    if len(ps) < MANY or len(lengths) != 1:
+        return [kl(p, q) for p, q in zip(ps, qs, strict=True)]
+    found: list[float] = []
+    for start in range(0, len(ps), MANY):
+        found += _divergences(ps[start : start + MANY], qs[start : start + MANY])
+    return found
+
+
+def _divergences(ps: Sequence[Mapping[str, Any]], qs: Sequence[Mapping[str, Any]]) -> list[float]:
+    import numpy as np
+
+    ids, other_ids = (np.array([each["ids"] for each in side]) for side in (ps, qs))
+    logprobs, other = (np.array([each["logprobs"] for each in side], dtype=float) for side in (ps, qs))
+    same = ids[:, :, None] == other_ids[:, None, :]  # [pairs, k, k]
+    both, theirs = same.any(2), same.any(1)
+    masses, there = np.exp(logprobs), np.take_along_axis(other, same.argmax(2), 1)
+    total = np.where(both, masses * (logprobs - there), 0.0).sum(1)
+    own_tail = np.array([_tail(p) for p in ps])
+    other_tail = np.array([max(_tail(q), RESOLUTION) for q in qs])
+    rest = np.where(both, 0.0, masses).sum(1) + own_tail
+    other_alone = np.where(theirs, 0.0, np.exp(other)).sum(1)
+    only_other = np.minimum(own_tail, rest * other_alone / (other_alone + other_tail))
+    for mass, other_mass in ((only_other, other_alone), (rest - only_other, other_tail)):
+        held = mass > 0
+        total[held] += mass[held] * np.log(mass[held] / other_mass[held])
+    return list(map(float, np.maximum(total, 0.0)))
 
 
 def _tail(stored: Mapping[str, Any]) -> float:

@@ -182,7 +182,8 @@ def peek(line: bytes) -> Key:
     head = _HEAD.match(body)
     if not head or int(head[1]) != SCHEMA:
         raise ValueError("record written by another version of vlmbench")
-    return Key(json.loads(head[2]), cast(Pass, head[3].decode()), cast(Status, head[4].decode()))
+    id_ = json.loads(head[2]) if b"\\" in head[2] else head[2][1:-1].decode()
+    return Key(id_, cast(Pass, head[3].decode()), cast(Status, head[4].decode()))
 
 
 def _timing(data: dict[str, Any]) -> Timing:

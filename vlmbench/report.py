@@ -67,13 +67,17 @@ def loaded_rows(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Records by the ten thousand hold no cycles; looking for some would take as long as reading them."""
+    """Records by the ten thousand hold no cycles; looking for some would take as long as reading them.
+
+    What lives when it ends is set aside for good, since the first allocation behind it would look through all of it.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
+            gc.freeze()
             gc.enable()
 
 
