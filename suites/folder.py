@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,11 +119,17 @@ class Folder(Suite):
     @cached_property
     def _all(self) -> list[Sample]:
         place = self._place
-        if not place.exists():
+        if not os.path.exists(place):  # Path.exists raises in a folder that may not be looked into
             raise UsageError(f"{place} is not there; name a folder with videos or pictures, as in folder:PATH.")
-        file = self._questions_file(place)
-        folder = place if place.is_dir() else place.parent
-        found = self._asked_once(place) if file is None else self._from_file(file, folder)
+        try:
+            file = self._questions_file(place)
+            folder = place if place.is_dir() else place.parent
+            found = self._asked_once(place) if file is None else self._from_file(file, folder)
+        except OSError as error:
+            where = error.filename or place
+            raise UsageError(
+                f"{where} cannot be read ({error.strerror}); mend that, or name another folder."
+            ) from error
         if not found:
             kinds = ", ".join(sorted(VIDEOS | PICTURES))
             raise UsageError(f"{place} holds no video and no picture ({kinds}); name another folder.")

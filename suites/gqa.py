@@ -33,7 +33,8 @@ class GQA(OfficialSuite):
         "zip": "questions1.2/testdev_balanced_questions.json",
     }
     archives: ClassVar[tuple[str, ...]] = ("images.zip", "questions1.2.zip")
-    size: ClassVar[str] = "12,578 questions and 398 pictures"
+    size: ClassVar[str] = "68 MB: 12,578 questions and 398 pictures"
+    wanted: ClassVar[str] = "testdev_balanced_*"
     n_rows: ClassVar[int] = 12_578
     lmms_task: ClassVar[str] = "gqa"
     id_field: ClassVar[str] = "id"

@@ -2,8 +2,9 @@
 
 Needs the extra ``lmms``. With ``--data-root ROOT`` rows are read from ``ROOT/TASK/*.parquet`` (or `rows`), and videos are
 looked for as lmms-eval does below ``HF_HOME``, which is then ROOT; without it, from the hub's cache. Media come before the
-text, whatever the task would interleave. The score is the task's first metric, from 0 to 1; where lmms-eval guesses a letter,
-it guesses the same one every time. Clusters are the task's own, else its videos.
+text; a task that puts pictures between words is refused, unless `media=first` says that they may be moved there. The score is
+the task's first metric, from 0 to 1; where lmms-eval guesses a letter, it guesses the same one every time. Clusters are the
+task's own, else its videos.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from vlmbench.lmms_client import LmmsEval
 from vlmbench.suite import Media, Sample, Score, Suite
 from vlmbench.suites._synth.files import cache_root
 
+MARK = "<image>"
+"""Where a task wants a picture in its text; without it, before the text."""
+
 
 @dataclass(frozen=True)
 class Lmms(Suite):
-    """`task`: its name in lmms-eval; `rows`: a pattern of parquet files below ``--data-root``."""
+    """`task`: its name in lmms-eval; `rows`: a pattern of parquet files below ``--data-root``; `media`: where they come."""
 
     name: ClassVar[str] = "lmms"
     version: ClassVar[str] = "1"
@@ -34,6 +38,7 @@ class Lmms(Suite):
 
     task: str = ""
     rows: str | None = None
+    media: Literal["asked", "first"] = "asked"
 
     _root: Path | None = field(default=None, init=False, repr=False, compare=False)
     _lmms: Any = field(default=None, init=False, repr=False, compare=False)
@@ -80,7 +85,7 @@ class Lmms(Suite):
             found: dict[str, Any] = self._lmms.ask("open", task=self.task, root=root, rows=self.rows)
         except ValueError as error:
             raise UsageError(
-                f"lmms:{self.task} cannot be opened ({error}); name a task whose data is there."
+                f"lmms:{self.task} cannot be opened ({error}); name one of generate_until whose data is there."
             ) from error
         return found
 
@@ -95,11 +100,16 @@ class Lmms(Suite):
             for place, each in enumerate(doc["media"])
         )
         videos = "+".join(each.path.name for each in media if each.kind == "video")
+        if self.media == "asked" and interleaved(doc["text"]):
+            raise UsageError(
+                f"lmms:{self.task} is an interleaved task (question {number} has words before a picture), and media come "
+                f"before the text here; write lmms:{self.task},media=first to ask it so, or name a task that is not."
+            )
         return Sample(
             id=str(number),
             cluster=doc["cluster"] or videos or str(number),
             media=media,
-            question=doc["text"].replace("<image>", "").strip(),
+            question=doc["text"].replace(MARK, "").strip(),
             answer=doc["answer"] or "?",
             template=self.task,
             extra={"doc": number},
@@ -116,3 +126,8 @@ class Lmms(Suite):
     def score(self, sample: Sample, text: str) -> Score:
         found = self._lmms.ask("score", doc=sample.extra["doc"], text=text)
         return Score(min(1.0, max(0.0, found["value"])), found["prediction"] or None)
+
+
+def interleaved(text: str) -> bool:
+    """Whether words come before a picture."""
+    return bool(text.rpartition(MARK)[0].replace(MARK, "").strip())

@@ -37,7 +37,8 @@ class ScienceQA(OfficialSuite):
         "img": "ScienceQA-IMG/test-*.parquet",
         "json": "problems.json",
     }
-    size: ClassVar[str] = "4,241 questions, 2,017 with a picture"
+    size: ClassVar[str] = "134 MB: 4,241 questions, 2,017 with a picture"
+    wanted: ClassVar[str] = "ScienceQA-FULL/test-*"
     n_rows: ClassVar[int] = 4241
     lmms_task: ClassVar[str] = "scienceqa"
     id_field: ClassVar[str] = "id"

@@ -36,7 +36,8 @@ class TextVQA(OfficialSuite):
         "json": "TextVQA_0.5.1_val.json",
     }
     archives: ClassVar[tuple[str, ...]] = ("train_val_images.zip",)
-    size: ClassVar[str] = "5,000 questions with pictures"
+    size: ClassVar[str] = "920 MB: 5,000 questions with pictures"
+    wanted: ClassVar[str] = "data/validation-*"
     n_rows: ClassVar[int] = 5000
     lmms_task: ClassVar[str] = "textvqa_val"
 

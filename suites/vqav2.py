@@ -40,7 +40,10 @@ class VQAv2(OfficialSuite):
         "v2_Questions_Val_mscoco.zip",
         "v2_Annotations_Val_mscoco.zip",
     )
-    size: ClassVar[str] = "214,354 questions with pictures"
+    size: ClassVar[str] = (
+        "214,354 questions with pictures: 6.6 GB as the official val2014.zip, unknown for the hub's files"
+    )
+    wanted: ClassVar[str] = "data/validation-*"
     n_rows: ClassVar[int] = 214_354
     lmms_task: ClassVar[str] = "vqav2_val"
 

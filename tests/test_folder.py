@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -142,10 +143,22 @@ def test_a_path_that_is_not_there_or_empty_is_one_sentence_and_exit_2(cli: Cli, 
         (f"folder:{tmp_path / 'nowhere'}", "nowhere is not there"),
         (f"folder:{tmp_path / 'empty'}", "holds no video and no picture"),
         (f"folder:{tmp_path},questions=gone.json", "folder:questions=gone.json is no file"),
+        (f"folder:{tmp_path}/a, x=1", "has no key 'x' (its keys: path, questions, ask). Put the path in quotes"),
     ]:
         done = cli("run", "--suite", text, "--model", "dummy", "--out", tmp_path / "runs")
         assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
         assert said in done.err
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_sentence(media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, pattern: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path / "private"))
+
+    monkeypatch.setattr(Path, "rglob", closed)
+    with pytest.raises(
+        UsageError, match=r"private cannot be read \(Permission denied\); mend that, or name another folder"
+    ):
+        suite(f"folder:{media}")
 
 
 def test_without_answers_there_is_fidelity_and_no_accuracy(cli: Cli, media: Path, tmp_path: Path) -> None:

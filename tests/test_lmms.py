@@ -118,6 +118,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("videomme", ""),
         ("broken_things", "broken: yes\n"),
         ("odd", "output_type: loglikelihood\n"),
+        ("rounds", "output_type: generate_until_multi_round\n"),
     ):
         (package / "tasks" / "things" / f"{name}.yaml").write_text(f"task: '{name}'  # comment\n{more}")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -158,6 +159,24 @@ def test_documents_become_samples_with_the_tasks_own_limits(suite: Lmms, stand_i
     assert len(suite.data_hash) == 8
 
 
+def test_words_between_pictures_are_refused_unless_pictures_may_come_first(stand_in: Path) -> None:
+    for text, first in (
+        ("<image>\n<image> What?", True),
+        ("In <image> and <image>, what?", False),
+        ("What? <image>", False),
+    ):
+        doc = {"question": text, "answer": "B", "picture": "red"}
+        (stand_in / "docs.json").write_text(json.dumps([doc]))
+        if first:
+            assert make_suite("lmms:things").located(stand_in).samples()[0].question == "What?"
+            continue
+        with pytest.raises(UsageError, match=r"lmms:things is an interleaved task .*; write lmms:things,media=first"):
+            make_suite("lmms:things").located(stand_in)
+        asked = make_suite("lmms:things,media=first").located(stand_in).samples()[0]
+        assert asked.question == text.replace("<image>", "").strip()
+        assert [each.kind for each in asked.media] == ["image"]
+
+
 def test_scores_are_shares_and_a_guess_is_the_same_one_every_time(suite: Lmms) -> None:
     first, second = suite.samples()
     assert suite.score(first, "A") == (1.0, "A")
@@ -182,7 +201,8 @@ def test_what_it_does_to_its_process_stays_there(suite: Lmms) -> None:
         ("lmms", "lmms needs a task; write lmms:TASK"),
         ("lmms:thing", r"no task 'thing' of its own, or it is a group \(near: things"),
         ("lmms:broken_things", r"lmms:broken_things cannot be opened \(OSError: no space on the hub\)"),
-        ("lmms:odd", "scored by loglikelihood, and only generate_until"),
+        ("lmms:odd", "its output type is loglikelihood, and only generate_until"),
+        ("lmms:rounds", "its output type is generate_until_multi_round, and only generate_until"),
         ("lmms:things,rows=gone/*.parquet", r"holds no file gone/\*\.parquet"),
     ],
 )
@@ -219,6 +239,13 @@ def test_the_whole_command(cli: Cli, stand_in: Path, tmp_path: Path) -> None:
     done = cli("run", *args, "--mode", "accuracy", "--strict")
     assert done.code == 0, done.err
     assert "2 answers scored again, 0 changed" in cli("rescore", tmp_path / "runs").out
+
+
+def test_a_task_can_be_verified(cli: Cli, stand_in: Path) -> None:
+    (stand_in / "a.mp4").write_bytes(b"torn")
+    done = cli("data", "verify", "--suite", "lmms:things", "--data-root", stand_in)
+    assert done.code == 1
+    assert "FAULT decodable   1 of 2        a.mp4 cannot be decoded" in done.out
 
 
 def test_their_scorer_beside_ours_shows_every_difference(

@@ -74,7 +74,7 @@ def test_the_records_of_a_run_score_as_they_did(cli: Cli, tmp_path: Path) -> Non
         ('{"id": "a"}\n{"id": "b"}', "line 1: it needs an id (id, question_id, questionId, qid) and a text"),
         ('{"id": "a", "text": "b"}\n{"id": ', "line 2 is no JSON"),
         ("", "holds no answer"),
-        ("[1]", "'1' is no object"),
+        ("[1]", "'1' is no object with an id and a text; write {'id': …, 'text': …}"),
     ],
 )
 def test_a_file_that_cannot_be_scored_says_where(cli: Cli, tmp_path: Path, text: str, said: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fnmatch
 import io
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -415,9 +419,28 @@ def test_what_is_missing_is_one_sentence_and_exit_2(cli: Cli, tmp_path: Path, na
     done = cli("run", "--suite", name, "--model", "dummy", "--data-root", tmp_path / "data", "--out", tmp_path / "runs")
     assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
     assert f"{tmp_path / 'data' / name} holds none of {name}'s files" in done.err
-    assert f"--repo-type dataset --local-dir {tmp_path / 'data' / name}`" in done.err
+    assert f"--local-dir {tmp_path / 'data' / name}`" in done.err
     assert f"{type(make_suite(name)).size}" in done.err  # type: ignore[attr-defined]
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "videomme", "longvideobench"])
+def test_what_is_missing_has_a_size_and_a_command_that_fetches_no_more_than_is_read(cli: Cli, name: str) -> None:
+    found = make_suite(name)
+    assert isinstance(found, OfficialSuite)
+    assert re.search(r"\d (MB|GB)", found.size)
+    done = cli("run", "--suite", name, "--model", "dummy")
+    assert (done.code, len(done.err.strip().splitlines())) == (2, 1)
+    command = re.search("`hf download ([^`]*)`", done.err)
+    assert command
+    words = shlex.split(command[1])
+    assert words[:3] == [found.hub[0], "--repo-type", "dataset"]
+    assert words[-2:] == ["--local-dir", f"DATA/{name}"]
+    if found.wanted is not None:
+        assert words[3:5] == ["--include", found.wanted]
+        # The hub's glob, unlike a shell's, lets a star stand for folders too.
+        assert any(fnmatch.fnmatch(pattern, found.wanted) for pattern in found.layouts.values())
+    assert found.media_on_hub or f"`vlmbench data prepare --suite {name} --data-root DATA`" in done.err
 
 
 @pytest.mark.parametrize(("name", "layout"), [pair for pair in LAYOUTS if pair[1] == "json"])
@@ -483,6 +506,34 @@ def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
     (root / "scienceqa" / "pid_splits.json").write_text("{")
     with pytest.raises(UsageError, match=r"pid_splits\.json cannot be read .*fetch it again"):
         suite("scienceqa", root)
+
+
+JUNK: tuple[Any, ...] = (None, 3, "x", [], {}, [1], [None], {"questions": 3}, {"annotations": None}, {"data": [3]})
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_value_of_any_other_kind_in_a_json_file_is_a_sentence(tmp_path: Path, name: str) -> None:
+    """In place of the whole file, of a row, and of each of a row's values; what can be used all the same is used."""
+    root = made(tmp_path, name, "json")
+    for file in (root / name).rglob("*.json"):
+        good = json.loads(file.read_text())
+        rows = next((good[key] for key in ("questions", "annotations", "data") if key in good), good)
+        first = 0 if isinstance(rows, list) else next(iter(rows))
+        kept = rows[first]
+        for junk in JUNK:
+            changed = [junk]
+            rows[first] = junk
+            changed.append(json.loads(json.dumps(good)))
+            for key in kept if isinstance(kept, dict) else ():
+                rows[first] = {**kept, key: junk}
+                changed.append(json.loads(json.dumps(good)))
+            rows[first] = kept
+            for each in changed:
+                file.write_text(json.dumps(each))
+                with contextlib.suppress(UsageError):
+                    assert suite(name, root, allow_partial=True).data_hash
+        file.write_text(json.dumps(good))
+    assert len(suite(name, root).samples()) == N_ROWS
 
 
 # The hub, which no test may reach: its package is stood in for.

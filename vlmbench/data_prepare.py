@@ -165,8 +165,9 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed and needed + SPARE_BYTES > free:
         raise UsageError(
-            f"{folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; make room, or name another "
-            f"--data-root and leave the archives where they are (--archives)."
+            f"{folder} needs {(needed + SPARE_BYTES) / 1e6:,.0f} MB, {SPARE_BYTES / 1e6:,.0f} of them to spare, and its disk "
+            f"has {free / 1e6:,.0f} MB free; make room, or name another --data-root and leave the archives where they are "
+            f"(--archives)."
         )
 
 

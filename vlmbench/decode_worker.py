@@ -15,6 +15,7 @@ import resource
 import signal
 import struct
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 16 * 2**30
 """Address space of the worker: a video that claims a gigantic frame fails instead of taking the machine along."""
 LENGTH = struct.Struct("<Q")
+AT_A_GLANCE = {"probesize": "32", "analyzeduration": "0"}
 
 
 class Request(NamedTuple):
@@ -53,11 +55,31 @@ def _decord(request: Request) -> Decoded:
     import decord
 
     reader = decord.VideoReader(request.path, num_threads=1)
-    fps = float(reader.get_avg_fps())
+    fps = float(reader.get_avg_fps()) or 1.0
+    file = Path(request.path).stat()
+    shown_s = _shown_s(request.path, file.st_mtime_ns, file.st_size)
+    # An edit list (a trimmed recording) leaves frames out. decord counts those behind it, shows the last one again for them,
+    # and starts the clock before zero: 13 frames for the 10 that a player shows.
+    if reader.get_frame_timestamp(0)[0] < -0.5 / fps or (shown_s and len(reader) / fps > shown_s + 0.5 / fps):
+        return _pyav(request)
     indices = _picked(request, len(reader), fps)
     frames = reader.get_batch(indices).asnumpy()
     times = reader.get_frame_timestamp(indices)[:, 0]
     return Decoded(frames, indices, [float(time) for time in times], fps)
+
+
+@lru_cache(maxsize=1024)
+def _shown_s(path: str, mtime_ns: int, size: int) -> float | None:
+    """Seconds of the main video that the header of an MP4 or MOV file says are shown; None for other containers."""
+    import av
+
+    # What these headers say needs no looking at frames, which would take as long as opening the file with decord; other
+    # containers may not be recognised by so little, and decord has opened them already.
+    with contextlib.suppress(OSError, ValueError), av.open(path, options=AT_A_GLANCE) as container:
+        stream = _best(container)
+        if "mp4" in container.format.name and stream.duration is not None:
+            return float(stream.duration * stream.time_base)
+    return None
 
 
 def _pyav(request: Request) -> Decoded:
@@ -115,11 +137,11 @@ def main() -> None:
     while header := sys.stdin.buffer.read(LENGTH.size):
         request = pickle.loads(sys.stdin.buffer.read(LENGTH.unpack(header)[0]))  # noqa: S301 (our own parent)
         try:
-            answer: tuple[object, ...] | str = tuple(decode(request))  # plain: this module is `__main__` here
-        except Exception as error:
-            answer = reason(request.path, error)
-        data = pickle.dumps(answer, protocol=5)
-        out.write(LENGTH.pack(len(data)) + data)
+            data = pickle.dumps(tuple(decode(request)), protocol=5)  # plain: this module is `__main__` here
+        except Exception as error:  # MemoryError of the copy too
+            data = pickle.dumps(reason(request.path, error))
+        out.write(LENGTH.pack(len(data)))
+        out.write(data)
         out.flush()
 
 
@@ -133,7 +155,7 @@ def reason(path: str, error: Exception) -> str:
     # Not the user's concern: a time, an errno, and where in the decoder's source it happened. decord repeats the first
     # and the last when the failure was in a thread of its own, and quotes the C++ condition before its sentence.
     first = re.sub(r"^(\[[^\]]*\]\s*|\S+:\d+:\s*)+", "", first)
-    first = re.sub(r"^Check failed: .*\(\S+ vs\. \S+\)\s+(ERROR\s+)?(?=\S)", "", first)
+    first = re.sub(r"^Check failed: (?:.*\(\S+ vs\. \S+\)|\S+\([^)]*\))\s+(ERROR\s+)?(?=\S)", "", first)
     first = first.replace("1094995529", "invalid data")  # FFmpeg's number for it
     return first.replace(path, "the file").strip(" .")[:200]
 

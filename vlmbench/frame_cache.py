@@ -27,7 +27,8 @@ LIMIT_GB = 20.0
 SHARE = 8
 """A clip above this part of the limit is not kept: it would drive out all others."""
 BLOCKS, BLOCK_BYTES = 16, 1 << 16
-VERSION = 1
+VERSION = 2
+"""Raised when the same request gives other frames than before."""
 
 
 class Kept(NamedTuple):

@@ -24,6 +24,7 @@ from vlmbench.request import RunRequest
 from vlmbench.spec import Spec, build
 from vlmbench.suite import Sample
 from vlmbench.suites.folder import kind_of
+from vlmbench.suites.lmms import MARK, interleaved
 from vlmbench.video import SAMPLERS, Clip, DecodeError, Decoder
 
 MAX_NEW_TOKENS = 16
@@ -100,7 +101,9 @@ class VlmbenchModel(lmms):
         except DecodeError as error:
             logger.warning(f"{id_}: {error}")
             return GenerationResult(text="")
-        question = context.replace("<image>", "").strip()
+        if interleaved(context):
+            logger.warning(f"{id_}: its pictures stand between words, and are put before them here")
+        question = context.replace(MARK, "").strip()
         outcome = self._backend.answer(
             self._method,
             Sample(id=id_, cluster=id_, media=(), question=question, answer="", template=id_.partition("/")[0]),

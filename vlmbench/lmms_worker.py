@@ -34,7 +34,7 @@ class Served:
             os.environ["HF_HOME"] = root  # read when the task's module is executed, below
         config = self.config = load_config(task)
         if config.get("output_type", "generate_until") != "generate_until":
-            raise ValueError(f"the task is scored by {config['output_type']}, and only generate_until can be run here")
+            raise ValueError(f"its output type is {config['output_type']}, and only generate_until can be run here")
         split = config.get("test_split") or config.get("validation_split")
         if files := found_rows(task, root, rows):
             config |= {"dataset_path": "parquet", "dataset_kwargs": {"data_files": {split: files}}}

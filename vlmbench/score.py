@@ -64,7 +64,9 @@ def read_texts(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for where, item in _items(path):
         if not isinstance(item, Mapping):
-            raise UsageError(f"{path}, {where}: {str(item)[:60]!r} is no object with an id and a text.")
+            raise UsageError(
+                f"{path}, {where}: {str(item)[:60]!r} is no object with an id and a text; write {{'id': …, 'text': …}}."
+            )
         if item.get("pass", "accuracy") != "accuracy" or item.get("status") not in (None, "ok", "parse_fail"):
             continue  # of our own records, those that answer nothing
         names = [next((name for name in known if item.get(name) is not None), None) for known in (IDS, TEXTS)]
@@ -84,7 +86,8 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); name a file of answers.") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path} cannot be read ({why}); name a file of answers.") from error
     try:
         whole = json.loads(text)
     except ValueError:
@@ -93,7 +96,9 @@ def _items(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     yield f"line {number}", json.loads(line)
                 except ValueError as error:
-                    raise UsageError(f"{path}, line {number} is no JSON ({error}).") from error
+                    raise UsageError(
+                        f"{path}, line {number} is no JSON ({error}); write lines like {{'id': …, 'text': …}} in JSON."
+                    ) from error
         return
     if isinstance(whole, Mapping) and not any(name in whole for name in IDS):
         yield from ((f"id {id_}", {"id": id_, "text": said}) for id_, said in whole.items())

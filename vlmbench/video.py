@@ -10,7 +10,9 @@ import selectors
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -144,13 +146,18 @@ class Decoder:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._worker is None or self._worker.poll() is not None:
             self.close()
-            self._worker = subprocess.Popen(
-                [sys.executable, "-m", "vlmbench.decode_worker"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,  # decoders write about every damaged macroblock
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,  # Ctrl-C is for the command, which then ends the worker
+            self._worker = (
+                _spawner()
+                .submit(
+                    subprocess.Popen,
+                    [sys.executable, "-m", "vlmbench.decode_worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,  # decoders write about every damaged macroblock
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                    start_new_session=True,  # Ctrl-C is for the command, which then ends the worker
+                )
+                .result()
             )
         return self._worker
 
@@ -169,6 +176,16 @@ class Decoder:
                 parts.append(part)
                 size -= len(part)
         return b"".join(parts)
+
+
+@lru_cache(maxsize=1)
+def _spawner() -> ThreadPoolExecutor:
+    """A thread that lives as long as this process and starts its workers.
+
+    To a worker that is to die with its parent, Linux takes the thread that started it for the parent: one started by a
+    pass's own thread would be killed when the pass ends, in the middle of the next pass's first video.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="vlmbench-spawn")
 
 
 def _picture(path: Path) -> Clip:

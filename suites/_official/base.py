@@ -12,9 +12,11 @@ import errno
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +49,9 @@ class OfficialSuite(Suite):
     archives: ClassVar[tuple[str, ...]] = ()
     """Glob patterns of the archives that media come in; parts of one archive match one pattern ending in ``.part.*``."""
     size: ClassVar[str]
-    """What there is to fetch, for people."""
+    """What there is to fetch, for people: by the hub's listings and the papers."""
+    wanted: ClassVar[str | None] = None
+    """Glob pattern of the hub's files that are needed; None: all of them."""
     n_rows: ClassVar[int]
     """Rows of the official file."""
     lmms_task: ClassVar[str]
@@ -84,11 +88,14 @@ class OfficialSuite(Suite):
     def fetch(self, root: Path) -> str:
         """How the data comes to `root`: the size and the commands."""
         unpacked = (
-            "" if self.media_on_hub else f" and then `vlmbench data prepare --suite {self.name} --data-root {root}`"
+            ""
+            if self.media_on_hub
+            else f" and then `vlmbench data prepare --suite {self.name} --data-root {shlex.quote(str(root))}`"
         )
+        only = "" if self.wanted is None else f" --include '{self.wanted}'"
         return (
-            f"fetch it ({self.size}) with `hf download {self.hub[0]} --repo-type dataset --local-dir {root / self.name}`"
-            f"{unpacked}"
+            f"fetch it ({self.size}) with `hf download {self.hub[0]} --repo-type dataset{only} --local-dir "
+            f"{shlex.quote(str(root / self.name))}`{unpacked}"
         )
 
     def rows_by_id(self) -> dict[str, Row]:
@@ -139,9 +146,14 @@ class OfficialSuite(Suite):
                 "" if self._offline or not self.media_on_hub else f", or a commit of it as {self.name}:revision=COMMIT"
             )
             raise UsageError(
-                f"{self.name} needs --data-root, a folder with {self.name}/ in it ({wanted}; {self.hub[0]} on the hub){rows}."
+                f"{self.name} needs --data-root, a folder with {self.name}/ in it ({wanted}){rows}; {self.fetch(Path('DATA'))}."
             )
-        return self._local(*data.find(root, self.name, self.layouts, self.fetch(root)))
+        folder, layout, files = data.find(root, self.name, self.layouts, self.fetch(root))
+        with _official(str(files[0])):
+            table = self._local(folder, layout, files)
+            if not isinstance(table.rows, list) or not all(isinstance(row, Mapping) for row in table.rows):
+                raise TypeError("no list of rows")
+            return table
 
     @cached_property
     def _all(self) -> list[Sample]:
@@ -153,10 +165,15 @@ class OfficialSuite(Suite):
                 f"{table.origin} holds {len(table.rows)} rows where {self.name} has {self._expected_rows}; fetch the present "
                 f"version, or run what is there with --allow-partial."
             )
-        samples = list(self._samples(table))
+        samples = self.read(table)
         if len({sample.id for sample in samples}) < len(samples):
             raise UsageError(f"{table.origin} holds a question twice; fetch it again.")
         return samples if table.picture is not None else self._with_media(samples, table)
+
+    def read(self, table: Table) -> list[Sample]:
+        """The table's samples. Raises `UsageError` for a row that is not as it should be."""
+        with _official(table.origin):
+            return list(self._samples(table))
 
     def _with_media(self, samples: list[Sample], table: Table) -> list[Sample]:
         """The samples whose files are there: all of them, unless `partial`."""
@@ -169,7 +186,8 @@ class OfficialSuite(Suite):
             if len(missing) == len(paths):
                 root = self._root or Path()
                 remedy = (
-                    f"unpack its archives there with `vlmbench data prepare --suite {self.name} --data-root {root}`"
+                    "unpack its archives there with `vlmbench data prepare "
+                    f"--suite {self.name} --data-root {shlex.quote(str(root))}`"
                 )
             partial = "" if not found else ", or run what is there with --allow-partial"
             raise UsageError(
@@ -207,6 +225,16 @@ class OfficialSuite(Suite):
         """A picture inside the rows, which `materialise` writes to the cache; rows of other files get other names."""
         mark = hashlib.sha256(table.mark.encode()).hexdigest()[:10]
         return (Media("image", cache_root() / self.name / mark / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}.picture"),)
+
+
+@contextmanager
+def _official(origin: str) -> Iterator[None]:
+    """A value of another kind than in the official file is a sentence, wherever the reading stumbles over it."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UsageError(f"{origin} is not as the official file ({what[:200]}); fetch it again.") from error
 
 
 def short_answer(question: str) -> str:
