@@ -42,7 +42,13 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Called]:
     return call
 
 
-MINI = ("mini-llava-ov@random", "mini-qwen2-vl@random", "mini-qwen2.5-vl@random")
+MINI = (
+    "mini-llava-ov@random",
+    "mini-qwen2-vl@random",
+    "mini-qwen2.5-vl@random",
+    "mini-llava-1.5@random",
+    "mini-llava-next-video@random",
+)
 
 
 @cache
@@ -58,6 +64,18 @@ def load_mini(name: str) -> Any:
 def adapter(request: pytest.FixtureRequest) -> Any:
     """A four-layer random model of every supported family, built once a process."""
     return load_mini(request.param)
+
+
+def for_generate(inputs: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's inputs as the stock model takes them: LLaVA-1.5 knows pictures alone."""
+    import torch
+
+    if "media" not in inputs:
+        return inputs
+    stock = dict(inputs)
+    images, videos = iter(stock.pop("pixel_values", ())), iter(stock.pop("pixel_values_videos", ()))
+    parts = [next(images)[None] if kind == "image" else next(videos) for kind, _ in stock.pop("media")]
+    return {**stock, "pixel_values": torch.cat(parts)}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from tests.conftest import for_generate
 from vlmbench.cache import cache_bytes
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
@@ -45,7 +46,8 @@ def test_greedy_tokens_equal_generate(adapter: Any, clip: Any, attention: str, m
     clips = [clip(1, "image") if kind == "image" else clip(6) for kind in media]
     done = generate(adapter, Full(), Trace(), clips, QUESTION, max_new_tokens=8, stop_at_eos=False)
     inputs = adapter.to_device(adapter.inputs(clips, QUESTION))
-    theirs = adapter.model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
+    stock = for_generate(inputs)
+    theirs = adapter.model.generate(**stock, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
     assert done.token_ids == theirs[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -126,7 +128,7 @@ def test_layout_spans_are_the_placeholders(adapter: Any, clip: Any) -> None:
     with torch.inference_mode():
         layout = adapter.splice(adapter.to_device(inputs), adapter.encode_vision(adapter.to_device(inputs))).layout
     ids = inputs["input_ids"][0]
-    placeholders = (ids == adapter.config.image_token_id) | (ids == adapter.config.video_token_id)
+    placeholders = torch.isin(ids, torch.tensor(adapter.placeholder_ids))
     assert layout.length == len(ids)
     assert [span.start for span in layout][1:] == [span.stop for span in layout][:-1]
     marked = torch.zeros(len(ids), dtype=torch.bool)
@@ -232,6 +234,11 @@ def test_pixel_budget_is_refused_where_it_does_nothing() -> None:
         ("qwen2-vl-2b", 2.21e9),
         ("llava-ov-7b", 8.03e9),
         ("llava-ov-0.5b", 0.89e9),
+        ("llava-1.5-7b", 7.06e9),
+        ("llava-next-video-7b", 7.06e9),
+        ("llava-video-7b", 8.03e9),
+        ("blip-vqa-base", 0.361e9),
+        ("blip-captioning-base", 0.224e9),
     ],
 )
 def test_presets_have_the_published_size(preset: str, parameters: float) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import groupby
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from vlmbench.cache import new_cache
 from vlmbench.chunked import in_pieces
 from vlmbench.layout import Prompt, Span
+from vlmbench.models.written import in_order, interleaved
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,6 +70,14 @@ class ModelAdapter(ABC):
         self.processor = processor
         self.config = model.config
 
+    @classmethod
+    def model_class(cls, config: Any) -> Any:
+        """The class with which a model of this configuration is made or loaded."""
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+    def check_prompted(self) -> None:
+        """Raise `UsageError` when the family's visual tokens do not stand in a prompt."""
+
     # -- parts of the model that methods may patch ------------------------------------------------------------------
 
     @property
@@ -97,6 +104,11 @@ class ModelAdapter(ABC):
     def eager_attention(self) -> Callable[..., Any]:
         """The family's plain matmul-softmax attention (it is not in transformers' registry)."""
 
+    def tower_parameters(self) -> list[Tensor]:
+        """All but the language model's: of the tower, and of what stands between the two."""
+        text = {id(each) for part in (self.text, self.model.lm_head) for each in part.parameters()}
+        return [each for each in self.model.parameters() if id(each) not in text]
+
     @property
     def device(self) -> torch.device:
         return self.model.device
@@ -115,7 +127,7 @@ class ModelAdapter(ABC):
             hidden=text.hidden_size,
             intermediate=text.intermediate_size,
             heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
             head_dim=head_dim,
             vocab=text.vocab_size,
             vision_layers=len(self.vision_blocks),
@@ -161,9 +173,35 @@ class ModelAdapter(ABC):
         if captions:
             parts = interleaved(clips, captions, question)
             clips = [part for part in parts if not isinstance(part, str)]
-        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": p.kind} for p in parts]
+        content = [
+            piece
+            for part in parts
+            for piece in ([{"type": "text", "text": part}] if isinstance(part, str) else self.content_of(part))
+        ]
+        text = self._rendered(content)
+        if not in_order(text, [self._mark(piece) for piece in content]):
+            # Templates of the published LLaVAs put all media before all text, and pictures before videos.
+            text = self._rendered([{"type": "text", "text": "\n".join(map(self._mark, content))}])
+        return text, clips
+
+    def _rendered(self, content: list[dict[str, str]]) -> str:
+        """A user's message through the chat template, up to where the answer begins."""
         messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), clips
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _mark(self, piece: dict[str, str]) -> str:
+        """What stands in the prompt's text for an entry of a message."""
+        return piece["text"] if piece["type"] == "text" else getattr(self.processor, f"{piece['type']}_token")
+
+    def content_of(self, clip: Clip) -> list[dict[str, str]]:
+        """A medium as a chat template reads it: one entry for each of its placeholders."""
+        return [{"type": clip.kind}]
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        """Token ids whose embeddings visual features replace."""
+        found = (getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        return tuple(each for each in found if each is not None)
 
     def text_ids(
         self, clips: Sequence[Clip], question: str, captions: Sequence[Caption] = ()
@@ -173,7 +211,7 @@ class ModelAdapter(ABC):
         Those behind it are the last ones of `inputs`: placeholders are special tokens, across which nothing is merged.
         """
         ids = self.processor.tokenizer(self._written(clips, question, captions)[0])["input_ids"]
-        media = (self.config.image_token_id, self.config.video_token_id)
+        media = self.placeholder_ids
         behind = max((index + 1 for index, token in enumerate(ids) if token in media), default=0)
         return ids[:behind], ids[behind:]
 
@@ -273,44 +311,6 @@ class ModelAdapter(ABC):
     @abstractmethod
     def _vision_model(self) -> Any:
         """The sub-model whose attention implementation is set for the tower."""
-
-
-def interleaved(clips: Sequence[Clip], captions: Sequence[Caption], question: str) -> list[Clip | str]:
-    """The only clip cut where a caption stands, the text between its pieces, and the question last.
-
-    Two texts never follow each other, since not every chat template parts them: captions without a frame between them are
-    joined with a blank, and the question starts a line behind captions that come after the last frame.
-    """
-    if [clip.kind for clip in clips] != ["video"]:
-        kinds = ", ".join(clip.kind for clip in clips) or "none"
-        raise ValueError(f"captions stand between the frames of exactly one video; the media here are: {kinds}.")
-    (clip,) = clips
-    total = len(clip.times_s)
-    in_order = sorted(captions, key=lambda caption: caption.time_s)
-    parts: list[Clip | str] = []
-    start = 0
-    for frame, group in groupby(in_order, key=lambda caption: bisect_left(clip.times_s, caption.time_s)):
-        text = " ".join(caption.text for caption in group)
-        if frame > start:
-            parts.append(_piece(clip, start, frame))
-        parts.append(text if frame < total else f"{text}\n{question}")
-        start = frame
-    return parts if start == total else [*parts, _piece(clip, start, total), question]
-
-
-def _piece(clip: Clip, start: int, stop: int) -> Clip:
-    """Frames ``[start, stop)`` as a clip of its own, at the frame rate at which `clip` shows its source.
-
-    It counts its own frames from 0: processors take the seconds between two frames from the rate, the number of frames and
-    the last one's index, and so find the same as in the whole clip, to the last bit.
-    """
-    return replace(
-        clip,
-        frames=clip.frames[start:stop],
-        indices=tuple(range(stop - start)),
-        times_s=clip.times_s[start:stop],
-        fps=len(clip.indices) / (clip.indices[-1] + 1) * clip.fps,
-    )
 
 
 def scatter(embeds: Tensor, placeholders: Tensor, features: Tensor | None) -> Tensor:

@@ -5,48 +5,25 @@ A video of T frames gives T × n tokens and one learned newline at its end, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from transformers import BatchFeature
+from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 
-from vlmbench.layout import Prompt, Span, TokenLayout
-from vlmbench.models.base import Features, Inputs, ModelAdapter, runs_of, scatter, text_between
+from vlmbench.layout import Span, TokenLayout
+from vlmbench.models.base import Features, Inputs, runs_of, text_between
+from vlmbench.models.llava_base import LlavaFamily
 
 
-class LlavaOnevision(ModelAdapter):
+class LlavaOnevision(LlavaFamily):
     name: ClassVar[str] = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
-    fixed_resolution: ClassVar[bool] = True
-
-    @property
-    def vision_blocks(self) -> Sequence[nn.Module]:
-        tower = self.model.model.vision_tower
-        encoder = getattr(tower, "encoder", None) or tower.vision_model.encoder  # the wrapper left in later 5.x
-        return encoder.layers
-
-    @property
-    def vision_config(self) -> Any:
-        return self.model.model.vision_tower.config
 
     @property
     def eager_attention(self) -> Callable[..., Any]:
         return eager_attention_forward
-
-    def _vision_model(self) -> Any:
-        return self.model.model.vision_tower
-
-    def process(self, text: str, options: dict[str, Any]) -> Inputs:
-        if len({len(video) for video in options.get("videos", ())}) <= 1:
-            return super().process(text, options)
-        # Videos of different lengths cannot be stacked, and the processor stacks all or nothing: one call for the text
-        # and the pictures' numbers, the videos' own tensors left a list.
-        raw = dict(self.processor(text=[text], **options))
-        videos = raw.pop("pixel_values_videos")
-        return {**BatchFeature(raw, tensor_type="pt"), "pixel_values_videos": list(videos)}
 
     def encode_vision(self, inputs: Inputs) -> Features:
         image = video = None
@@ -70,16 +47,7 @@ class LlavaOnevision(ModelAdapter):
             found = torch.cat([found, self.model.model.image_newline[None].to(found)])
         return found
 
-    def splice(self, inputs: Inputs, features: Features) -> Prompt:
-        ids = inputs["input_ids"]
-        images, videos = ids == self.config.image_token_id, ids == self.config.video_token_id
-        embeds = self.model.get_input_embeddings()(ids)
-        embeds = scatter(scatter(embeds, images, features.image), videos, features.video)
-        layout = self._layout(ids[0], images[0], videos[0], inputs)
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        return Prompt(embeds, positions, layout, next_position=ids.shape[1])
-
-    def _layout(self, ids: Tensor, images: Tensor, videos: Tensor, inputs: Inputs) -> TokenLayout:
+    def _layout(self, images: Tensor, videos: Tensor, inputs: Inputs) -> TokenLayout:
         per_frame = self._tokens_per_frame
         frames = [len(video) for video in inputs.get("pixel_values_videos", ())]
         pictures = len(inputs["image_sizes"]) if "image_sizes" in inputs else 0
@@ -99,13 +67,9 @@ class LlavaOnevision(ModelAdapter):
                     spans.append(Span("image", cursor, cursor + tokens, media, 0))
                     cursor += tokens
                 media += 1
-        return TokenLayout(text_between(spans, ids.shape[0]))
+        return TokenLayout(text_between(spans, images.shape[0]))
 
     @property
     def _grid(self) -> tuple[int, int]:
-        side = -(-(self.vision_config.image_size // self.vision_config.patch_size) // 2)
+        side = -(-self._patches // 2)
         return side, side
-
-    @property
-    def _tokens_per_frame(self) -> int:
-        return self._grid[0] * self._grid[1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from vlmbench.errors import UsageError
 from vlmbench.models.base import ModelAdapter
@@ -18,7 +18,9 @@ from vlmbench.registry import Registry
 from vlmbench.spec import nearest
 
 families = Registry(
-    "model family", "vlmbench.models", exclude=frozenset({"base", "catalogue", "dummy", "loading", "presets"})
+    "model family",
+    "vlmbench.models",
+    exclude=frozenset({"base", "catalogue", "dummy", "llava_base", "loading", "preset_families", "presets", "written"}),
 )
 
 
@@ -89,7 +91,7 @@ def _pretrained(name: str, *, dtype: torch.dtype, device: str, revision: str | N
         config = AutoConfig.from_pretrained(source, local_files_only=offline, **options)
         family = family_of(config.model_type)
         processor = AutoProcessor.from_pretrained(source, local_files_only=offline, **options)
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model, report = family.model_class(config).from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
