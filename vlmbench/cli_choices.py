@@ -1,0 +1,22 @@
+"""What several commands of the command line share: choices of an option, and how rows are printed."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Any
+
+DEMO_METHODS = ("pevlm", "turbo:mode=drop", "uniform:ratio=0.25", "blind", "prior")
+DEMO_SUITE = "synthvideo:length=384"
+DEMO_LIMIT = 11
+DEMO_TIMED = 2
+
+
+class Listing(StrEnum):
+    text = "text"
+    json = "json"
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """As every machine-readable output."""
+    print(json.dumps({"schema": 1, "rows": rows}, indent=1))
