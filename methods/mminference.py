@@ -4,9 +4,9 @@ In prefill every head has a pattern: a window with sink (`a_shape`, `tri`), a gr
 (`grid`), or columns and diagonals (`vs`). Stride, phase, columns and diagonals come from the last 64 queries of the prompt
 itself. Modalities may have an index each (``boundary=q``) or a pattern for each pair (``boundary=2d``). The cache holds
 every key in order, and decoding is dense. ``vlmbench fit`` finds a pattern for each head (``artefact=FILE``); without a file
-all heads have the one `pattern`, which is not what the paper measures. On a device without a kernel that hands out its
-log-sum-exp (all but the CPU) scores are written out: answers are the same but for rounding, and the row carries the mark
-``masked``.
+all heads have the one `pattern`, which is not what the paper measures. On CUDA with Triton all heads of
+a layer are one launch. What has no kernel (another device, heads wider than 128) is written out, after a warning: answers are
+the same but for rounding, and the row carries the mark ``masked``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Mminference(Method):
         "slashes in whole block diagonals; lines to the last visual token, no dense rest; text queries see pictures through "
         "their columns and pictures see all text under 2D; horizontal lines of the text prefix lie in the sink",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}), takes=frozenset({"attention"}))
 
     pattern: Pattern = "grid"
     boundary: Literal["none", "k", "q", "2d"] = "none"
@@ -270,21 +270,28 @@ class Mminference(Method):
         dense = super().work(prompt, shapes, trace)
         did, scene = trace.scratch.get(DID, {}), prompt.extras.get("mm_scene")
         if not did:  # nothing to do, or nothing ran yet
-            return dense if scene is None else replace(dense, pairs=self._expected(scene, shapes, dense.pairs))
+            return dense if scene is None else self._expected(scene, shapes, dense)
         # Heads of one layer may differ: rounded up to whole pairs a head.
-        pairs = [-(-did[n].tally.pairs // shapes.heads) if n in did else each for n, each in enumerate(dense.pairs)]
-        scores = sum(each.tally.scores for each in did.values())
-        return replace(dense, pairs=tuple(pairs), own_flops=2 * scores * shapes.head_dim)
+        pairs = [-(-did[n].allowed // shapes.heads) if n in did else each for n, each in enumerate(dense.pairs)]
+        scores, extra = (sum(counts) for counts in zip(*((e.tally.scores, e.extra) for e in did.values()), strict=True))
+        return replace(dense, pairs=tuple(pairs), own_flops=_own_flops(scores, extra, shapes))
 
-    def _expected(self, scene: Scene, shapes: Shapes, dense: tuple[int, ...]) -> tuple[int, ...]:
-        """Pairs of each layer by the rule alone."""
-        from vlmbench.mm_attention import expected_pairs
+    def _expected(self, scene: Scene, shapes: Shapes, dense: Work) -> Work:
+        """By the rule alone; boundaries are counted as if there were none."""
+        from vlmbench.mm_attention import Expected, expected
 
-        found = list(dense)
-        known: dict[Intra, int] = {}
-        for layer in range(self.dense_layers, len(dense)):
+        pairs, scores, extra = list(dense.pairs), 0, 0
+        known: dict[Intra, Expected] = {}
+        for layer in range(self.dense_layers, len(pairs)):
             heads = [head.vision for head in self.heads(scene, layer, shapes.heads)]
             for intra in set(heads) - known.keys():
-                known[intra] = expected_pairs(intra, scene)
-            found[layer] = -(-sum(known[intra] for intra in heads) // len(heads))
-        return tuple(found)
+                known[intra] = expected(intra, scene)
+            pairs[layer] = -(-sum(known[intra].pairs for intra in heads) // len(heads))
+            scores += sum(known[intra].scores for intra in heads)
+            extra += sum(known[intra].extra for intra in heads)
+        return replace(dense, pairs=tuple(pairs), own_flops=_own_flops(scores, extra, shapes))
+
+
+def _own_flops(scores: int, extra: int, shapes: Shapes) -> int:
+    """Of scores that only chose, and of pairs that were computed in the corners of masks and did not count."""
+    return (2 * scores + 4 * extra) * shapes.head_dim

@@ -205,17 +205,25 @@ def test_large_scores_do_not_overflow() -> None:
     assert out.abs().max() <= v[v.isfinite()].abs().max() * (1 + 2**-20)  # an average
 
 
-def test_offsets_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 2**31 / 40 numbers apart, in memory that is promised and hardly touched: 32 bits would point outside of it."""
-    plan, tile = PLANS["63-only-a-tail"], Tile(32, 16)
+@pytest.mark.parametrize("heads", [1, 3], ids=["rows-apart", "heads-apart"])
+def test_offsets_pass_two_to_the_31(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows or heads so far apart, in memory that is promised and hardly touched, that 32 bits would point outside of it.
+
+    The distance itself fits 32 bits, as it does in a prompt of a million tokens; its multiples do not, of what is read and
+    of what is written.
+    """
+    plan, tile, dim = PLANS["63-only-a-tail"], Tile(32, 16), 16
     # Without this the interpreter ends by copying every storage onto itself, which touches all of it.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    apart, dim = 2**31 // 40, 16
+    apart = 2**31 // 40 if heads == 1 else 2**30
+    by_head, by_row = (0, apart) if heads == 1 else (apart, dim)
     no_reserve = 0x4000  # Linux's MAP_NORESERVE, which the module names from Python 3.13 on
-    memory = mmap.mmap(-1, 2 * 63 * apart, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    size = 2 * apart * (plan.length if heads == 1 else heads)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     numbers = torch.frombuffer(memory, dtype=torch.float16)
-    near = qkv(plan, 1, 1, dim, torch.float16)
-    q, k, v = (numbers.as_strided((1, 1, plan.length, dim), (0, 0, apart, 1), 256 * i) for i in range(3))
+    near = qkv(plan, heads, heads, dim, torch.float16)
+    room = 4 * plan.length * dim  # numbers between one tensor's begin and the next one's
+    q, k, v = (numbers.as_strided((1, heads, plan.length, dim), (0, by_head, by_row, 1), room * i) for i in range(3))
     for x, original in zip((q, k, v), near, strict=True):
         x.copy_(original)
     here = fused.block_attention(*near, plan, tile=tile)
@@ -225,11 +233,11 @@ def test_offsets_pass_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
         torch,
         "empty",
         lambda size, **options: (
-            numbers.as_strided(size, (0, apart, 0, 1), 1024) if len(size) == 4 else empty(size, **options)
+            numbers.as_strided(size, (0, by_row, by_head, 1), room * 3) if len(size) == 4 else empty(size, **options)
         ),
     )
     out = fused.block_attention(q, k, v, plan, tile=tile)
-    assert out.stride(2) == apart
+    assert out.stride()[1:3] == (by_head, by_row)
     assert torch.equal(out, here)
 
 

@@ -107,6 +107,8 @@ class HeadPatterns:
 def read(path: str) -> HeadPatterns:
     """Raises `UsageError` when the file is missing, damaged, of another schema or of another method."""
     line, where = fit_line(METHOD, path), f"{METHOD}:artefact={path}"
+    if Path(path).is_dir():  # an empty name too
+        raise UsageError(f"{where} must name a file that vlmbench fit wrote, or {AUTO}, not a folder.")
     try:
         data = json.loads(Path(path).read_bytes())
     except FileNotFoundError:

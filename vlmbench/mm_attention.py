@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from math import floor, log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from vlmbench.kernels.calls import LAST, Tally, attend, last_weights
 from vlmbench.kernels.grid import Grid, find_lines, grid_attention
 from vlmbench.kernels.grid import seen as grid_seen
 from vlmbench.kernels.grid import visible as grid_visible
+from vlmbench.kernels.sparse_lines import preferred
 from vlmbench.kernels.vertical_slash import FIRST, NEAR, Index, make_index, vertical_slash
 from vlmbench.mm_patterns import Head, Intra, Scene
 
@@ -47,7 +49,14 @@ class Layer:
     rules: list[tuple[Tensor, Rule]] = field(default_factory=list)
     """Which heads, and for rows ``[r]`` which keys they see, ``[B, h, r, N]``; not under Q- and 2D-boundary."""
     allowed: int = 0
-    """Query-key pairs that the patterns allow, over all heads; some are computed twice, or for padding (`tally`)."""
+    """Query-key pairs that the patterns allow, over all heads; more are computed, in the corners of masks (`tally`)."""
+    dense: int = 0
+    """All pairs of the tokens that this layer saw, over all heads."""
+
+    @property
+    def extra(self) -> int:
+        """Pairs that were computed beside those that the patterns allow."""
+        return max(0, self.tally.computed - self.allowed)
 
 
 class Found(NamedTuple):
@@ -83,10 +92,12 @@ def attention(
     *,
     scale: float | None = None,
     probe: bool = True,
+    dry: bool = False,
 ) -> tuple[Tensor, Layer]:
     """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``, a pattern for each of the H heads, sizes in tokens of this prompt.
 
-    Returns ``[B, H, N, D]``, heads behind tokens in memory. Raises `ValueError` when the lengths are not the scene's.
+    Returns ``[B, H, N, D]``, heads behind tokens in memory. With `dry` indices are made and pairs counted, and the output
+    holds nothing. Raises `ValueError` when the lengths are not the scene's, or for a dry Q- or 2D-boundary.
     """
     if {q.shape[2], k.shape[2]} != {scene.length}:
         raise ValueError(f"the prompt has {scene.length} tokens; q has {q.shape[2]} and k has {k.shape[2]}")
@@ -94,16 +105,25 @@ def attention(
     groups: dict[Head, list[int]] = {}
     for number, head in enumerate(heads):
         groups.setdefault(head, []).append(number)
-    layer = Layer()
+    layer = Layer(Tally(dry=dry))
     shared = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    out = None
+    if preferred(q.device) and not dry:
+        from vlmbench.mm_fused import together
+
+        out, groups = together(q, k, v, groups, scene, scale, layer, probe)
+    if out is None:
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     for head, numbers in groups.items():
         which = torch.tensor(numbers, device=q.device)
         whole = len(numbers) == q.shape[1]
         rows = q if whole else q[:, which]
         keys, values = (x if whole and shared == 1 else x[:, which // shared] for x in (k, v))
         found = Group(head, which, scene, scale, layer, probe).attend(rows, keys, values)
-        out[:, which] = found.out
+        if whole:
+            out = found.out
+        elif not dry:
+            out[:, which] = found.out
         layer.allowed += int(found.seen.sum())
     return out, layer
 
@@ -119,6 +139,8 @@ class Group:
         scene = self.scene
         if self.head.inter in ("none", "k"):  # the pattern's columns and rows are those of the prompt either way
             return self.intra(q, k, v, self.head.vision, Part(*scene.vision, scene.length, LAST))
+        if self.layer.tally.dry:
+            raise ValueError("only patterns without a boundary are counted dry")
         from vlmbench.mm_boundary import by_pair, by_query
 
         return (by_query if self.head.inter == "q" else by_pair)(self, q, k, v)
@@ -138,6 +160,8 @@ class Group:
             rules.append((self.numbers, partial(_window, n, n, 0, 0, q.shape[:2])))
             return Found(*attend(q, k, v, causal=True, **options), (every + 1).expand(q.shape[:3]))
         weights = self._weights(q, k, intra, part)
+        if self.layer.tally.dry:  # what follows only counts
+            q, k, v = q[..., :1], k[..., :1], v[..., :1]
         if intra.kind in ("a_shape", "tri"):
             tail = n - part.stop if intra.kind == "tri" else 0
             self._recall(weights, lambda rows: a_shape_visible(rows, part.asked, sink=intra.sink, local=intra.local))
@@ -175,19 +199,8 @@ class Group:
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, intra: Intra, part: Part, weights: Tensor) -> Found:
         """Each head on its own stride and phase; heads whose strides differ are separate calls, at most one a candidate."""
-        n = q.shape[2]
-        start = min(max(part.start, intra.sink), n)
-        stop = max(start, min(part.stop, n))
-        strides = self.scene.strides(intra.stride)
-        batch, heads = q.shape[:2]
-        if len(strides) == 1 and intra.phase is not None:
-            stride = torch.full((batch, heads), strides[0], device=q.device)
-            phase = torch.full((batch, heads), intra.phase, device=q.device)
-        else:
-            stride, phase, _ = find_lines(
-                weights, strides, start=part.start, stop=min(part.stop, part.asked), phase=intra.phase
-            )
-        phase = (part.start + phase - start) % stride  # from the first token that may hold a line
+        batch, heads, n = q.shape[:3]
+        start, stop, stride, phase = self.lines(weights, intra, part, n)
         self.layer.strides += stride.flatten().tolist()
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -205,13 +218,28 @@ class Group:
                 rows, keys, values = (x[b : b + 1] if whole else x[b : b + 1, which] for x in (q, k, v))
                 at = phase[b : b + 1, which]
                 found = grid_attention(rows, keys, values, grid, at, **options)
-                out[b, which], lse[b, which] = found.out[0], found.lse[0]
+                at_once = b if whole else (b, which)  # a slice is copied faster than an index
+                out[at_once], lse[at_once] = found.out[0], found.lse[0]
                 self.layer.rules.append((self.numbers[which], partial(_lines, grid, at, n)))
                 seen[b, which] = grid_seen(grid, at, every, n)[0]
                 if self.probe:  # without the dense rows behind the lines: how good the lines are
                     open_end = Grid(start, intra.local, start, max(start, part.asked), each, **lines)
                     self._recall(weights[b : b + 1, which], partial(_lines, open_end, at, part.asked))
         return Found(out, lse, seen)
+
+    def lines(self, weights: Tensor, intra: Intra, part: Part, n: int) -> tuple[int, int, Tensor, Tensor]:
+        """Where lines begin and end, and int64 ``[B, H]`` stride and phase, from the first token that may hold a line."""
+        start = min(max(part.start, intra.sink), n)
+        stop = max(start, min(part.stop, n))
+        strides = self.scene.strides(intra.stride)
+        if len(strides) == 1 and intra.phase is not None:
+            stride = torch.full(weights.shape[:2], strides[0], device=weights.device)
+            phase = torch.full(weights.shape[:2], intra.phase, device=weights.device)
+        else:
+            stride, phase, _ = find_lines(
+                weights, strides, start=part.start, stop=min(part.stop, part.asked), phase=intra.phase
+            )
+        return start, stop, stride, (part.start + phase - start) % stride
 
     def _recall(self, weights: Tensor, visible: Callable[[Tensor], Tensor]) -> None:
         """Keep the share of the last few queries' attention on the keys that `visible` gives for their rows."""
@@ -237,8 +265,8 @@ def note(trace: Trace, scene: Scene, layer: int, heads: int, did: Layer) -> None
     counted[layer] = did
     if did.tally.written:
         trace.facts["masked"] = True
-    dense = heads * scene.length * (scene.length + 1) // 2
-    trace.facts.setdefault("density", {})[str(layer)] = round(did.allowed / dense, 4)
+    did.dense = heads * scene.length * (scene.length + 1) // 2
+    trace.facts.setdefault("density", {})[str(layer)] = round(did.allowed / did.dense, 4)
     if did.recalls:
         every = [float(share) for group in did.recalls for share in group]
         trace.facts.setdefault("recall", {})[str(layer)] = round(sum(every) / len(every), 4)
@@ -246,7 +274,7 @@ def note(trace: Trace, scene: Scene, layer: int, heads: int, did: Layer) -> None
         known = trace.facts.setdefault("strides", {})
         for stride, count in Counter(map(str, did.strides)).items():
             known[stride] = known.get(stride, 0) + count
-    if all(each.allowed == dense for each in counted.values()):
+    if all(each.allowed == each.dense for each in counted.values()):
         trace.inactive(
             f"every pattern holds all pairs of {scene.length} tokens; give a smaller budget or smaller sizes"
         )
@@ -254,26 +282,36 @@ def note(trace: Trace, scene: Scene, layer: int, heads: int, did: Layer) -> None
         trace.applied, trace.reason = True, ""
 
 
-def expected_pairs(intra: Intra, scene: Scene) -> int:
-    """Pairs of one head before anything ran (`vlmbench plan`): lines from phase 0 on, columns and diagonals side by side."""
+class Expected(NamedTuple):
+    """Of one head, before anything ran."""
+
+    pairs: int
+    """That the pattern allows."""
+    extra: int
+    """That are computed besides."""
+    scores: int
+    """That the index comes from."""
+
+
+def expected(intra: Intra, scene: Scene) -> Expected:
+    """What `vlmbench plan` counts: lines from the first place of a frame on, columns and diagonals side by side."""
     n = scene.length
-    rows = torch.arange(n)
-    if intra.kind == "grid":
-        start = min(max(scene.vision[0], intra.sink), n)
-        lines = {"horizontal": intra.horizontal, "vertical": intra.vertical, "slash": intra.slash}
-        stride = scene.strides(intra.stride)[0]
-        grid = Grid(start, intra.local, start, max(start, scene.vision[1]), stride, **lines)
-        return int(grid_seen(grid, torch.zeros(1, 1, dtype=torch.long), rows, n).sum())
-    if intra.kind in ("a_shape", "tri"):
-        tail = n - scene.vision[1] if intra.kind == "tri" else 0
-        return int(a_shape_seen(rows, n, sink=intra.sink, local=intra.local, tail=tail).sum())
-    most = n if intra.kind == "dense" else intra.columns + intra.slashes
-    return int((rows + 1).clamp(max=most).sum())
+    online = intra.kind == "vs" or (intra.kind == "grid" and (intra.phase is None or intra.stride == "auto"))
+    last = min(LAST if online else PROBED, n) if intra.kind != "dense" else 0
+    scores = last * (n - last) + last * (last + 1) // 2
+    if intra.kind in ("dense", "vs"):
+        most = n if intra.kind == "dense" else intra.columns + intra.slashes
+        return Expected(int((torch.arange(n) + 1).clamp(max=most).sum()), 0, scores)
+    phase = intra.phase or 0
+    known = replace(intra, stride=str(scene.strides(intra.stride)[0]), phase=phase)
+    blank = torch.zeros(1, 1, n, 1)
+    _, did = attention(blank, blank, blank, [Head(known, known)], scene, probe=False, dry=True)
+    return Expected(did.allowed, did.extra, scores)
 
 
 def block_of(shrink: float) -> int:
-    """Rows of a block: 64 as published, a smaller power of two where a prompt is shorter, and at least 8."""
-    size = 64
-    while size > 8 and size > 64 * shrink:
-        size //= 2
-    return size
+    """Rows of a block: 64 as published, a smaller power of two where a prompt is shorter, and at least 8.
+
+    Rounded down: slashes that lie apart fill whole blocks, which costs more than small calls do.
+    """
+    return max(8, 2 ** floor(log2(64 * shrink)))

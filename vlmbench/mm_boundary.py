@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmbench.kernels.calls import LAST, Attended, attend, causal_rows, join_into
+from vlmbench.kernels.sparse_lines import Refused, preferred, warn
+from vlmbench.kernels.vertical_slash import fused
 from vlmbench.mm_attention import Found, Part, block_of
 from vlmbench.mm_patterns import Run
 
@@ -88,17 +90,20 @@ def by_pair(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Found:
         return (vision if vision.runs else text).found
     columns = _columns(group, text, vision) if head.text.kind == "vs" else None
     if columns is not None:
-        text.join(
-            slice(None), attend(text.q, *columns[:2], scale=scale, tally=tally, mask=columns[2]), columns[2].sum(-1)
-        )
+        at, behind = columns
+        found = _launched(group, text, k, v, at, behind) if preferred(q.device) else None
+        if found is None:
+            where = at[..., None].expand(-1, -1, -1, k.shape[3])
+            found = attend(text.q, k.gather(2, where), v.gather(2, where), scale=scale, tally=tally, mask=behind)
+        text.join(slice(None), found, behind.sum(-1))
     for side, other in ((vision, text), (text, vision)):
         if side is text and columns is not None:
             continue
         for run, rows in side.rows():
             before = int((other.tokens < run.start).sum())
             if before:
-                keys = (x[:, :, :before] for x in (other.k, other.v))
-                side.join(rows, attend(side.q[:, :, rows], *keys, scale=scale, tally=tally), before)
+                earlier = (x[:, :, :before] for x in (other.k, other.v))
+                side.join(rows, attend(side.q[:, :, rows], *earlier, scale=scale, tally=tally), before)
     whole = Found(
         torch.empty_like(q),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -142,8 +147,8 @@ class _Side:
         self.found = self.found._replace(seen=seen)
 
 
-def _columns(group: Group, text: _Side, vision: _Side) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Keys, values ``[B, H, c, D]`` of the pictures that the last text attends to most, and who is behind them."""
+def _columns(group: Group, text: _Side, vision: _Side) -> tuple[Tensor, Tensor] | None:
+    """The tokens of the pictures that the last text attends to most, int64 ``[B, H, c]``, and which text is behind each."""
     last = text.runs[-1]
     before = int((vision.tokens < last.start).sum())
     asked = min(LAST, last.stop - last.start)
@@ -153,6 +158,18 @@ def _columns(group: Group, text: _Side, vision: _Side) -> tuple[Tensor, Tensor, 
     group.layer.tally.scores += weights.numel()
     mass = weights.softmax(-1).sum(-2)  # [B, H, before]
     chosen = mass.topk(min(group.head.text.columns, before)).indices.sort().values
-    where = chosen[..., None].expand(-1, -1, -1, vision.k.shape[3])
-    mask = vision.tokens[chosen][:, :, None] < text.tokens[:, None]  # [B, H, n, c]
-    return vision.k.gather(2, where), vision.v.gather(2, where), mask
+    at = vision.tokens[chosen]
+    return at, at[:, :, None] < text.tokens[:, None]  # [B, H, n, c]
+
+
+def _launched(group: Group, text: _Side, k: Tensor, v: Tensor, at: Tensor, behind: Tensor) -> Attended | None:
+    """The text over the columns `at` of the prompt's ``k, v [B, H, N, D]``, a launch for each of its runs."""
+    parts = []
+    try:
+        for run, rows in text.rows():
+            parts.append(fused.behind_columns(text.q[:, :, rows], k, v, at, run.start, scale=group.scale))
+    except Refused as refused:
+        warn(refused)
+        return None
+    group.layer.tally.launched(int(behind.sum()))
+    return Attended(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))

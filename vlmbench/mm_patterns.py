@@ -173,6 +173,10 @@ class Scene:
         row = next((span.grid[1] for span in frames if span.grid is not None and len(span) == size), size)
         return cls(tuple(runs), size, row)
 
+    def selected(self, layout: TokenLayout, keep: list[int]) -> Scene:
+        """When other tokens than those at `keep` have left: that of what there is."""
+        return Scene.of(layout)
+
     @property
     def length(self) -> int:
         return self.runs[-1].stop

@@ -2,7 +2,8 @@
 
 MMInference, algorithm 4 and section C.5. One train prompt goes through the model densely; in every layer each candidate runs
 on the same queries, keys and values, its sizes scaled until its kernel computes as many pairs as A-shape with 1k global and
-4k local tokens does on this prompt. A head takes a later candidate only when its output is better by `GAIN`.
+4k local tokens does on this prompt, corners of masks among them. A head takes a later candidate only when its output is
+better by `GAIN`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from vlmbench.patch import Patcher
 if TYPE_CHECKING:
     from vlmbench.fitting import Fitting
     from vlmbench.layout import Prompt
+    from vlmbench.models.base import ModelAdapter
+    from vlmbench.session import Session
+    from vlmbench.suite import Sample
 
 GAIN = 0.01
 """Recall by which a later candidate must be better: earlier ones have the faster kernels."""
@@ -64,7 +68,7 @@ class Fit(NamedTuple):
     head: Head
     """Sizes as published, times whatever brings it to the cost."""
     pairs: float
-    """That it computed, a head."""
+    """That it computed, a head, corners of masks among them."""
     recall: Tensor
     """``[H]``"""
 
@@ -80,9 +84,12 @@ class Layer(NamedTuple):
 
 
 def output_recall(out: Tensor, dense: Tensor) -> Tensor:
-    """``[B, H, N, D]`` both: mean over rows of 1 - |out - dense| / |dense|, at least 0: ``[H]``."""
-    error = (out - dense).norm(dim=-1) / dense.norm(dim=-1).clamp(min=1e-12)
-    return (1 - error.double()).clamp(min=0).mean((0, 2))
+    """``[B, H, N, D]`` both: 1 - |out - dense| / |dense| of each head's whole output, at least 0: ``[H]``.
+
+    Not a mean over rows: most rows of a video say nothing, and what few say is in the large errors.
+    """
+    error, whole = ((x.double() ** 2).sum((0, 2, 3)).sqrt() for x in (out - dense, dense))
+    return (1 - error / whole.clamp(min=1e-12)).clamp(min=0)
 
 
 def choose(recalls: Sequence[Tensor]) -> list[int]:
@@ -96,24 +103,31 @@ def choose(recalls: Sequence[Tensor]) -> list[int]:
     return taken.tolist()
 
 
-def at_cost(head: Head, target: float, q: Tensor, k: Tensor, v: Tensor, scene: Scene, scale: float) -> Fit | None:
-    """The candidate scaled to compute at most `target` pairs a head, as near as `STEPS` halvings bring it, or None."""
+def at_cost(
+    head: Head, target: float, q: Tensor, k: Tensor, v: Tensor, dense: Tensor, scene: Scene, scale: float
+) -> Fit | None:
+    """The candidate scaled to compute at most `target` pairs a head, as near as `STEPS` halvings bring it, or None.
+
+    `dense` is full attention's output.
+    """
     shrink, found = scene.shrink, None
+    options: dict[str, Any] = {"scale": scale, "probe": False}
     low, high = -5.0, 4.0  # powers of two
     for _ in range(STEPS):
         power = (low + high) / 2
         mine = replace(head, vision=head.vision.scaled(2**power))
-        out, did = attention(q, k, v, [mine.scaled(shrink)] * q.shape[1], scene, scale=scale, probe=False)
-        pairs = did.tally.pairs / (q.shape[0] * q.shape[1])
+        _, did = attention(q, k, v, [mine.scaled(shrink)] * q.shape[1], scene, dry=True, **options)
+        pairs = did.tally.computed / (q.shape[0] * q.shape[1])
         if pairs > target:
             high = power
             continue
         low = power
-        found = (mine, pairs, out)
+        found = (mine, pairs)
     if found is None:
         return None
-    mine, pairs, out = found
-    return Fit(_name(head), mine, pairs, output_recall(out, _dense(q, k, v, scale)))
+    mine, pairs = found
+    out, _ = attention(q, k, v, [mine.scaled(shrink)] * q.shape[1], scene, **options)
+    return Fit(_name(head), mine, pairs, output_recall(out, dense))
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -122,22 +136,24 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return causal_rows(q, wide, values, 0, q.shape[2], scale=scale, tally=Tally()).out
 
 
-def search_layer(q: Tensor, k: Tensor, v: Tensor, scene: Scene, budget: float, scale: float) -> Layer:
+def search_layer(q: Tensor, k: Tensor, v: Tensor, scene: Scene, budget: float, scale: float) -> tuple[Layer, Tensor]:
     """A pattern for each head of ``q [1, H, N, D]``: its intra-pattern first, then how modalities are kept apart.
 
+    Full attention's output ``[1, H, N, D]`` comes with it.
     Raises `RunError` when no candidate is as cheap as the budget.
     """
     shrink = scene.shrink
     _, did = attention(
-        q, k, v, [Head(BUDGET.scaled(budget * shrink), TEXT)] * q.shape[1], scene, scale=scale, probe=False
+        q, k, v, [Head(BUDGET.scaled(budget * shrink), TEXT)] * q.shape[1], scene, scale=scale, probe=False, dry=True
     )
-    target = did.tally.pairs / (q.shape[0] * q.shape[1]) * 1.02  # whole tokens, so never exactly
-    fits = [fit for each in CANDIDATES if (fit := at_cost(Head(each, TEXT), target, q, k, v, scene, scale)) is not None]
+    dense = _dense(q, k, v, scale)
+    target = did.tally.computed / (q.shape[0] * q.shape[1]) * 1.02  # whole tokens, so never exactly
+    target = min(target, scene.length * (scene.length + 1) / 2)  # blocks of a short prompt cost more than all its pairs
+    fits = [fit for each in CANDIDATES if (fit := at_cost(Head(each, TEXT), target, q, k, v, dense, scene, scale))]
     if not fits:
         raise RunError(f"No pattern is as cheap as the budget on {scene.length} tokens; give a larger budget.")
     taken = choose([fit.recall for fit in fits])
     heads = [fits[number].head for number in taken]
-    dense = _dense(q, k, v, scale)
     recalls, apart = [], []
     for inter in ("none", "q", "2d"):
         apart.append([replace(head, inter=inter) for head in heads])
@@ -145,7 +161,8 @@ def search_layer(q: Tensor, k: Tensor, v: Tensor, scene: Scene, budget: float, s
         recalls.append(output_recall(out, dense))
     inters = choose(recalls)
     chosen = tuple(apart[inter][number] for number, inter in enumerate(inters))
-    return Layer(chosen, torch.stack([recalls[inter][n] for n, inter in enumerate(inters)]), target, fits, taken)
+    recall = torch.stack([recalls[inter][n] for n, inter in enumerate(inters)])
+    return Layer(chosen, recall, target, fits, taken), dense
 
 
 def text_only(head: Head) -> Head:
@@ -167,7 +184,7 @@ def search(fitting: Fitting, budget: float) -> HeadPatterns:
     """Raises `UsageError` and `RunError`."""
     begun_s = time.monotonic()
     adapter, progress = fitting.adapter, fitting.session.progress
-    prompt = _prompt(fitting)
+    prompt = seen_prompt(fitting.session, adapter, fitting.samples[0])
     if not prompt.layout.n_visual:
         raise UsageError("mminference is fitted on a prompt with pictures; choose a suite that has them.")
     if prompt.length > LIMIT:
@@ -182,9 +199,10 @@ def search(fitting: Fitting, budget: float) -> HeadPatterns:
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         progress.stage(f"layer {len(found)}")
-        found.append(search_layer(q, k, v, scene, budget, scaling))
+        layer, out = search_layer(q, k, v, scene, budget, scaling)
+        found.append(layer)
         progress.advance()
-        return _dense(q, k, v, scaling).transpose(1, 2).contiguous(), None
+        return out.transpose(1, 2).contiguous(), None
 
     with Patcher(adapter) as patch:
         patch.attention(watch)
@@ -238,13 +256,12 @@ def _rows(found: Sequence[Layer], dense: float) -> list[dict[str, Any]]:
     ]
 
 
-def _prompt(fitting: Fitting) -> Prompt:
-    """The first train question with its visual features."""
-    session, sample, adapter = fitting.session, fitting.samples[0], fitting.adapter
+def seen_prompt(session: Session, adapter: ModelAdapter, sample: Sample) -> Prompt:
+    """A question with its visual features. Raises `RunError` when its video cannot be used."""
     record = session.blank(sample, "accuracy")
     clips = session.clips(sample, record)
     if clips is None:
-        raise RunError(f"The first train video cannot be used: {record.error}")
+        raise RunError(f"The first video cannot be used: {record.error}")
     asked = session.asked(sample, clips)
     inputs = adapter.to_device(adapter.inputs(clips, asked.question, asked.captions))
     return adapter.splice(inputs, adapter.encode_vision(inputs))

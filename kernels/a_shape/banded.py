@@ -36,24 +36,24 @@ def a_shape(
     tally = tally if tally is not None else Tally()
     n = q.shape[2]
     bottom = max(0, n - tail)
-    parts = []
-    if head := min(local, bottom):
-        parts.append(causal_rows(q, k, v, 0, head, scale=scale, tally=tally))
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    for first, stop in ((0, min(local, bottom)), (bottom, n)):  # all that is before them
+        if first < stop:
+            found = causal_rows(q, k, v, first, stop, scale=scale, tally=tally)
+            out[:, :, first:stop], lse[:, :, first:stop] = found
     if bottom > local:
-        found = [_windows(q[b], k[b], v[b], local, bottom, scale, tally) for b in range(len(q))]
-        band = Attended(torch.stack([each.out for each in found]), torch.stack([each.lse for each in found]))
-        parts.append(_with_sink(band, q, k, v, sink, local, bottom, scale, tally))
-    if bottom < n:
-        parts.append(causal_rows(q, k, v, bottom, n, scale=scale, tally=tally))
-    if len(parts) == 1:
-        return parts[0]
-    return Attended(torch.cat([part.out for part in parts], 2), torch.cat([part.lse for part in parts], 2))
+        band = Attended(out[:, :, local:bottom], lse[:, :, local:bottom])
+        for b in range(len(q)):
+            _windows(Attended(band.out[b], band.lse[b]), q[b], k[b], v[b], local, bottom, scale, tally)
+        _add_sink(band, q, k, v, sink, local, bottom, scale, tally)
+    return Attended(out, lse)
 
 
-def _windows(q: Tensor, k: Tensor, v: Tensor, local: int, bottom: int, scale: float, tally: Tally) -> Attended:
+def _windows(
+    into: Attended, q: Tensor, k: Tensor, v: Tensor, local: int, bottom: int, scale: float, tally: Tally
+) -> None:
     """Rows ``[local, bottom)`` of ``[H, N, D]`` over the `local` keys that end with their own."""
-    rows = bottom - local
-    out, lse = q.new_empty(q.shape[0], rows, q.shape[2]), q.new_empty(q.shape[0], rows, dtype=torch.float32)
+    rows, (out, lse) = bottom - local, into
     full = rows - rows % BLOCK
     for first, stop, block in ((0, full, BLOCK), (full, rows, rows - full)):
         if first == stop:
@@ -66,7 +66,6 @@ def _windows(q: Tensor, k: Tensor, v: Tensor, local: int, bottom: int, scale: fl
         found = attend(blocks, *seen, scale=scale, tally=tally, mask=mask)  # [count, H, block, D]
         out[:, first:stop].unflatten(1, (count, block)).copy_(found.out.transpose(0, 1))
         lse[:, first:stop].unflatten(1, (count, block)).copy_(found.lse.transpose(0, 1))
-    return Attended(out, lse)
 
 
 def _sliding(x: Tensor, first: int, count: int, step: int, width: int) -> Tensor:
@@ -76,14 +75,14 @@ def _sliding(x: Tensor, first: int, count: int, step: int, width: int) -> Tensor
     return x.as_strided(shape, (step * rows, heads, rows, dims), x.storage_offset() + first * rows)
 
 
-def _with_sink(
+def _add_sink(
     band: Attended, q: Tensor, k: Tensor, v: Tensor, sink: int, local: int, bottom: int, scale: float, tally: Tally
-) -> Attended:
+) -> None:
     """Join the sink's keys that are before the window: all of them, once the window has left them behind."""
     out, lse = band
     sink = min(sink, bottom - local)
     if sink == 0:
-        return band
+        return
     stairs = torch.ones(sink, sink, dtype=torch.bool, device=q.device).tril()
     for first, stop, mask in ((local, local + sink, stairs), (local + sink, bottom, None)):
         if first == stop:
@@ -91,4 +90,3 @@ def _with_sink(
         far = attend(q[:, :, first:stop], k[:, :, :sink], v[:, :, :sink], scale=scale, tally=tally, mask=mask)
         there = slice(first - local, stop - local)
         lse[:, :, there] = join_into(out[:, :, there], (out[:, :, there], lse[:, :, there]), far)
-    return Attended(out, lse)

@@ -17,15 +17,22 @@ LAST = 64
 
 @dataclass
 class Tally:
-    """Query-key pairs, summed over heads: of softmax attention, and of scores that only chose what to attend to.
-
-    A kernel counts the pairs that causality and masks let through; scores that are written out count whole.
-    """
+    """Query-key pairs, summed over heads: of softmax attention, and of scores that only chose what to attend to."""
 
     pairs: int = 0
+    """That causality and masks let through; rows that are computed again elsewhere count again."""
+    computed: int = 0
+    """That were multiplied: a masked call's whole rectangle, a causal one's triangle as for dense attention."""
     scores: int = 0
+    dry: bool = False
+    """Count and compute nothing: outputs hold whatever memory held."""
     written: bool = False
     """Whether any scores were written out for want of a kernel: then time and memory are not the pattern's."""
+
+    def launched(self, pairs: int) -> None:
+        """By a kernel of the GPU, whose tiles' corners count as little as dense attention's."""
+        self.pairs += pairs
+        self.computed += pairs
 
 
 def attend(
@@ -45,16 +52,18 @@ def attend(
     batch, heads, n, _ = q.shape
     m = k.shape[2]
     kernel = q.device.type == "cpu" and q.dtype != torch.float16
+    triangle = batch * heads * (n * (n + 1) // 2 if causal else n * m)
+    tally.pairs += triangle if mask is None else int(mask.sum()) * (batch * heads * n * m // mask.numel())
+    launched = None if kernel or tally.dry or mask is not None else _launched(q, k, v, causal=causal, scale=scale)
+    tally.computed += triangle if kernel or launched is not None else batch * heads * n * m
+    if launched is not None:
+        return launched
+    if tally.dry:
+        return Attended(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
     tally.written |= not kernel
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    if not kernel:
-        tally.pairs += batch * heads * n * m
-    elif mask is None:
-        tally.pairs += batch * heads * (n * (n + 1) // 2 if causal else n * m)
-    else:
-        tally.pairs += int(mask.sum()) * (batch * heads * n * m // mask.numel())
     if kernel:
         # The kernel behind SDPA on the CPU, by its own name: SDPA does not hand out the log-sum-exp.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -72,6 +81,19 @@ def attend(
     if mask is not None and bool((empty := ~mask.any(-1)).any()):  # what kernels leave in such rows differs
         out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, float("-inf"))
     return Attended(out, lse)
+
+
+def _launched(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Attended | None:
+    """By the kernel of `sparse_lines` where the device has nothing better; None when it refuses."""
+    from vlmbench.kernels.sparse_lines import fused  # it imports this package
+
+    if not fused.preferred(q.device):
+        return None
+    try:
+        return fused.dense(q, k, v, causal=causal, scale=scale)
+    except fused.Refused as refused:
+        fused.warn(refused)
+        return None
 
 
 def causal_rows(q: Tensor, k: Tensor, v: Tensor, first: int, stop: int, *, scale: float, tally: Tally) -> Attended:
@@ -96,14 +118,14 @@ def take(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def last_weights(q: Tensor, k: Tensor, *, scale: float, tally: Tally, last: int = LAST) -> Tensor:
-    """Softmax in float32 of the last min(`last`, N) queries of ``q [B, H, N, D]`` over ``k [B, Hkv, N, D]``.
+    """Softmax in float32 of the last min(`last`, n) queries of ``q [B, H, n, D]`` over ``k [B, Hkv, N, D]``.
 
-    Returns ``[B, H, L, N]``, causal: query l is token N - L + l. ``Hkv`` divides H.
+    Returns ``[B, H, L, N]``, causal: query l is token N - L + l. ``Hkv`` divides H. Of the queries only the last are needed.
     """
-    batch, heads, n, dim = q.shape
-    length = min(last, n)
+    batch, heads, rows, dim = q.shape
+    n, length = k.shape[2], min(last, rows)
     # Queries of heads that share keys are one matrix: keys are never repeated.
-    grouped = q[:, :, n - length :].reshape(batch, k.shape[1], -1, dim).float()
+    grouped = q[:, :, rows - length :].reshape(batch, k.shape[1], -1, dim).float()
     scores = (grouped @ k.transpose(-1, -2).float()).mul_(scale).view(batch, heads, length, n)
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     scores[..., n - length :].masked_fill_(later, float("-inf"))

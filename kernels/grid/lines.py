@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmbench.kernels.a_shape import a_shape
+from vlmbench.kernels.a_shape.banded import a_shape
 from vlmbench.kernels.calls import Attended, Tally, attend, join_into, take
 from vlmbench.kernels.grid.reference import Grid
 

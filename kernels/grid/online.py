@@ -47,7 +47,7 @@ def find_lines(weights: Tensor, strides: Sequence[int], *, start: int, stop: int
     near = mass >= (1 - MARGIN) * mass.amax(0)
     chosen = near.int().argmax(0, keepdim=True)  # the first, so the largest
     return Found(
-        torch.tensor(ordered, device=weights.device)[chosen[0]],
+        torch.tensor(ordered).to(weights.device, non_blocking=True)[chosen[0]],
         torch.stack(phases).gather(0, chosen)[0],
         mass.gather(0, chosen)[0],
     )

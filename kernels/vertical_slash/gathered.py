@@ -71,7 +71,7 @@ def vertical_slash(
     n, size = q.shape[2], index.block
     if n != index.length:
         raise ValueError(f"the index is for {index.length} tokens; q has {n}")
-    wanted = torch.arange(-(-n // size), device=q.device) if row_blocks is None else row_blocks
+    wanted = torch.arange(-(-n // size), device=q.device) if row_blocks is None else row_blocks.to(q.device)
     out = q.new_zeros(q.shape)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
     full = n // size

@@ -44,10 +44,14 @@ class Index:
         kept = self.diagonals[..., 1:].cumsum(-1)
         before = functional.pad(kept, (1, 0))[..., own] * self.block  # whole blocks before the row's own
         at = self.columns // self.block
-        for number in own.unique().tolist():  # whose lists of columns differ
-            apart = (number - at).clamp(min=0)  # [B, H, nv]
-            found.append(((at < number) & ~self.diagonals.gather(2, apart)).sum(-1))
-        single = torch.stack(found, -1)[..., own.unique(return_inverse=True)[1]]
+        numbers, which = own.unique(return_inverse=True)
+        for some in numbers.split(256):  # row blocks, whose lists of columns differ
+            apart = (some[:, None] - at[:, :, None]).clamp(
+                min=0
+            )  # [B, H, r, nv]; a block's own is on the main diagonal
+            kept_there = self.diagonals.gather(2, apart.flatten(2)).view(apart.shape)
+            found.append(((apart > 0) & ~kept_there).sum(-1))
+        single = torch.cat(found, -1)[..., which]
         return before + single + rows % self.block + 1
 
 

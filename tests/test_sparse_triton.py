@@ -1,0 +1,284 @@
+"""Sparse patterns on a GPU: what the dispatcher does without one, the kernel's tables, and true shapes on CUDA.
+
+The kernels themselves are run by `interpreted_sparse_lines.py` under Triton's interpreter, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlmbench import mm_attention, mm_boundary
+from vlmbench.kernels import a_shape as a_shape_op
+from vlmbench.kernels import grid as grid_op
+from vlmbench.kernels import vertical_slash as vertical_slash_op
+from vlmbench.kernels.block_attention import SlowPath
+from vlmbench.kernels.calls import Tally, last_weights
+from vlmbench.kernels.grid import Grid, find_lines
+from vlmbench.kernels.grid.fused import pattern
+from vlmbench.kernels.sparse_lines import Pattern, Refused, Table, attended, fused
+from vlmbench.kernels.vertical_slash import Index, make_index
+from vlmbench.mm_patterns import Head, Intra, Run, Scene
+
+HERE = Path(__file__).parent
+CPU = torch.device("cpu")
+TEXT = Intra("vs", columns=4, slashes=4)
+
+
+def qkv(
+    n: int, heads: int = 2, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, device: Any = CPU
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As a model hands them over: heads behind tokens in memory."""
+    generator = torch.Generator(device).manual_seed(n)
+    q, k, v = (
+        torch.randn(1, n, h, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    return q, k, v
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
+def test_the_kernels_under_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_sparse_lines.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 5 and "skipped" in done.stdout:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_needs_no_triton() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from vlmbench.kernels import a_shape, grid, vertical_slash, sparse_lines\n"
+        "from vlmbench import mm_attention, mm_fused"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, check=True)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU had nothing of its own: the kernel refuses it, in its words."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for module in (fused, mm_attention, mm_boundary, a_shape_op, grid_op, vertical_slash_op):
+        monkeypatch.setattr(module, "preferred", lambda device: True)
+
+
+def layer(head: Head, n: int = 90) -> tuple[Tensor, mm_attention.Layer]:
+    scene = Scene((Run(False, 0, 10), Run(True, 10, 70), Run(False, 70, n)), 6, 3)
+    return mm_attention.attention(*qkv(n), [head] * 2, scene)
+
+
+@pytest.mark.parametrize("inter", ["none", "q", "2d"])
+@pytest.mark.parametrize("kind", ["grid", "vs", "tri"])
+def test_what_the_kernel_refuses_takes_the_plain_path_and_says_so_or_fails(
+    kind: Any, inter: Any, request: pytest.FixtureRequest
+) -> None:
+    head = Head(Intra(kind, sink=2, local=8, columns=5, slashes=5), TEXT, inter)
+    plain, _ = layer(head)
+    request.getfixturevalue("on_a_gpu")
+    with pytest.warns(SlowPath, match="masked reference stands in"):
+        out, _ = layer(head)
+    assert torch.equal(out, plain)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?s).*masked reference stands in")  # as --strict does
+        with pytest.raises(SlowPath, match="as slow as dense"):
+            layer(head)
+
+
+def test_refusals_are_sentences_with_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = qkv(70)
+    table = Table.of([(torch.arange(2), Pattern(local=4))], 1, 70, CPU)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(Refused, match=r"it needs a GPU|triton is not installed"):
+        attended(q, k, v, table)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # past the question of the device; nothing is launched here
+    with pytest.raises(Refused, match="float64, float64, float64"):
+        attended(q.double(), k.double(), v.double(), table)
+    with pytest.raises(Refused, match=r"scale of -1\.0"):
+        attended(q, k, v, table, scale=-1.0)
+    with pytest.raises(ValueError, match=r"\[1, 2, 70\]; q has \[1, 2, 69\]"):
+        attended(q[:, :, :-1], k, v, table)
+    with pytest.raises(ValueError, match="heads that divide"):
+        attended(q[:, :1], k, v, table)
+
+
+def test_patterns_that_no_kernel_could_be_right_for_are_refused() -> None:
+    index = Index(torch.zeros(1, 2, 1, dtype=torch.long), torch.ones(1, 2, 2, dtype=torch.bool), 48, 70)
+    other = Index(index.columns, torch.ones(1, 2, 2, dtype=torch.bool), 64, 70)
+    fine = Index(index.columns, torch.ones(1, 2, 9, dtype=torch.bool), 8, 70)
+    every = torch.arange(2)
+    for patterns, words in (
+        ([(every, Pattern(index=index))], "divide 64, not be 48"),
+        (
+            [(every, Pattern(index=Index(index.columns, index.diagonals[..., :1], 64, 70)))],
+            "1 block diagonals, too few",
+        ),
+        ([(every, Pattern(index=Index(index.columns, index.diagonals, 64, 80)))], "index is for 80 tokens"),
+        ([(every, Pattern(index=other)), (every + 2, Pattern(index=fine))], r"one size, not \[8, 64\]"),
+        ([(every, Pattern(4, 3, 70, 2, 70, (7,), vertical=True))], "lines from 2 on need a sink before them"),
+        ([(every, Pattern(0, 0, 70, 2, 70, (7,), vertical=True))], "a window of at least 1"),
+        ([(every, Pattern(0, 1, 70, 2, 70, (0,), vertical=True))], "stride must be at least 1, not 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Table.of(patterns, 1, 70, CPU)
+
+
+def test_indices_and_tables_are_made_without_asking_the_device() -> None:
+    """Tensors without numbers cannot be asked: whatever waits for the device would fail."""
+    q, k, _ = (x.to("meta") for x in qkv(300, 4, 2))
+    weights = last_weights(q[:, :, -64:], k, scale=0.25, tally=Tally())
+    stride, phase, _ = find_lines(weights, (7, 28), start=10, stop=280)
+    index = make_index(weights, columns=9, slashes=9)
+    lines = pattern(Grid(4, 9, 10, 280, 1), phase, stride, (7, 28))
+    parts = [(torch.arange(4), lines), (torch.arange(4, 8), Pattern(index=index))]
+    table = Table.of(parts, 1, 300, q.device)
+    assert table.heads.shape == (1, 8, 12)
+    assert table.lines == -(-270 // 7)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 400), st.sampled_from([8, 16, 32, 64]), st.integers(0, 99))
+def test_the_index_of_tiles_holds_just_what_some_pair_of_them_needs(n: int, block: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    diagonals = torch.rand(1, 1, -(-n // block), generator=generator) < 0.15
+    columns = torch.randint(0, n, (1, 1, 7), generator=generator).sort().values
+    blocks = Table.of([(torch.arange(1), Pattern(index=Index(columns, diagonals, block, n)))], 1, n, CPU).blocks
+    assert blocks is not None
+    diagonals[..., 0] = True
+    i = torch.arange(n)
+    kept = diagonals[0, 0][(i[:, None] // block - i // block).clamp(min=0)] & (i <= i[:, None])
+    for tile in range(-(-n // 64)):
+        listed = blocks.diagonals[0, : blocks.n_diagonals[0, tile]]
+        rows = slice(tile * 64, (tile + 1) * 64)
+        held = [tile - d for d in range(tile + 1) if d == 0 or kept[rows, (tile - d) * 64 : (tile - d + 1) * 64].any()]
+        # A ragged last tile may lack the very rows that a diagonal of small blocks needs.
+        assert set(held) <= {tile - d for d in listed.tolist()}
+        if n % 64 == 0 and block == 64:
+            assert held == [tile - d for d in listed.tolist()]
+        single = blocks.columns[0, : blocks.n_columns[0, tile]]
+        assert set(single[single >= 0].tolist()) == {
+            c for c in columns.flatten().tolist() if c < min(tile * 64 + 64, n)
+        }
+
+
+def test_tiles_are_launched_longest_first() -> None:
+    order = fused._order(200, 64, 70, CPU).tolist()
+    assert order == [-2, -1, 4, 3, 2, 1, 0]
+
+
+# On a GPU. The shape is gpu-mm of the fixed workloads at 16k tokens, and one of a million for addresses.
+
+
+def check_rows(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Callable[[Tensor], Tensor], launches: int = 1
+) -> None:
+    """256 random rows and the last against float64, within what `test_block_triton.check_rows` derives.
+
+    `visible` gives ``[H, r, N]``; a second launch goes on from a rounded output, once more.
+    """
+    n, groups, dim, scale = q.shape[2], q.shape[1] // k.shape[1], q.shape[-1], q.shape[-1] ** -0.5
+    some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:256]
+    rows = torch.cat([some, torch.tensor([0, n - 1])]).to(q.device)
+    seen = visible(rows)
+    info = torch.finfo(q.dtype)
+    assert out.isfinite().all()
+    for head in range(q.shape[1]):
+        wide, keys, values = q[0, head, rows].double(), k[0, head // groups].double(), v[0, head // groups].double()
+        weights = (scale * wide @ keys.T).masked_fill(~seen[head], float("-inf")).softmax(-1)
+        e = 2 * (dim + 4) * 2**-24 * scale * float(wide.norm(dim=-1).max() * keys.norm(dim=-1).max())
+        relative = (1 + launches) * info.eps / 2 + 2 * e + 4 * launches * (n + 8) * 2**-24
+        absolute = launches * (n + 1) * info.tiny * info.eps / 2 * float(values.abs().max())
+        bound = 1.1 * (relative * (weights @ values.abs()) + absolute)
+        assert ((out[0, head, rows].double() - weights @ values).abs() <= bound).all()
+
+
+def heads_of_the_mix(count: int, slash: bool = False) -> list[Head]:
+    few = round(count / 5)
+    grid, vs, window = Intra("grid", slash=slash), Intra("vs"), Intra("a_shape", local=4096)
+    return [Head(intra, TEXT) for intra in [grid] * (count - 2 * few) + [vs] * few + [window] * few]
+
+
+def prompt(tokens: int, frame: int = 256) -> Scene:
+    stop = 14 + (tokens - 74) // frame * frame
+    return Scene((Run(False, 0, 14), Run(True, 14, stop), Run(False, stop, tokens)), frame, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("slash", [False, True], ids=["mix", "mix-with-diagonals"])
+@pytest.mark.parametrize("tokens", [16_384, 24_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_true_shape_on_cuda(dtype: torch.dtype, tokens: int, slash: bool) -> None:
+    """Below 20 240 tokens blocks of an index are smaller than tiles."""
+    q, k, v = qkv(tokens, 28, 4, 128, dtype, "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowPath)
+        out, did = mm_attention.attention(q, k, v, heads_of_the_mix(28, slash), prompt(tokens))
+    assert not did.tally.written
+
+    def visible(rows: Tensor) -> Tensor:
+        found = {n: s for numbers, rule in did.rules for n, s in zip(numbers.tolist(), rule(rows)[0], strict=True)}
+        return torch.stack([found[n] for n in range(28)])
+
+    check_rows(out, q, k, v, visible, launches=1 + slash)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def test_head_dimensions_and_tilings_on_cuda(dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tiling writes every row: outputs are NaN before."""
+    from vlmbench.kernels.grid import visible as grid_visible
+    from vlmbench.kernels.sparse_lines import fused_kernel
+
+    n, empty = 3001, torch.empty
+    q, k, v = qkv(n, 6, 2, dim, dtype, "cuda")
+    grid, phase = Grid(20, 300, 33, 2900, 37), torch.tensor([[0, 1, 5, 9, 20, 36]], device="cuda")
+    table = Table.of([(torch.arange(6), pattern(grid, phase))], 1, n, q.device)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+    ran = 0
+    for config in (fused_kernel.WIDE if dtype == torch.float32 else fused_kernel.SHORT)[-2:]:
+        tile = fused.Tile(config.kwargs["BM"], config.kwargs["BN"], config.num_warps, config.num_stages)
+        try:
+            out = attended(q, k, v, table, tile=tile).out
+        except Refused:
+            continue  # more shared memory than this card has
+        ran += 1
+        check_rows(out, q, k, v, lambda rows: grid_visible(grid, phase, rows, n)[0])
+    assert ran
+
+
+@pytest.mark.gpu
+def test_a_million_tokens_are_addressed_on_cuda() -> None:
+    """Three query heads and a key head in room for 28: offsets pass 2**31."""
+    n, dim = 2**20, 128
+    room = torch.empty(1, n, 28, dim, dtype=torch.bfloat16, device="cuda")  # 3.8 G numbers
+    q, k, v = (room[:, :, i : i + size].transpose(1, 2) for i, size in ((0, 3), (26, 1), (27, 1)))
+    for x in (q, k, v):
+        x.copy_(torch.randn(x.shape, dtype=torch.bfloat16, device="cuda"))
+    heads = [Head(Intra("grid"), TEXT), Head(Intra("vs"), TEXT), Head(Intra("a_shape", local=4096), TEXT)]
+    out, did = mm_attention.attention(q, k, v, heads, prompt(n), probe=False)
+    rows = torch.tensor([n // 2 + 77, n - 1], device="cuda")
+    for numbers, rule in did.rules:
+        for head, seen in zip(numbers.tolist(), rule(rows)[0], strict=True):
+            scores = (q[0, head, rows].double() @ k[0, 0].double().T * dim**-0.5).masked_fill(~seen, float("-inf"))
+            want = scores.softmax(-1) @ v[0, 0].double()
+            # bfloat16's rounding of weights and output; averages of values near one.
+            torch.testing.assert_close(out[0, head, rows].double(), want, rtol=2**-7, atol=2**-9)
