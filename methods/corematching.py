@@ -12,11 +12,12 @@ brief object have few of them positive and are the first to leave. On a video mo
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from vlmbench.errors import UsageError
-from vlmbench.method import Citation, Method, Traits, Work
+from vlmbench.method import Citation, Method, Traits, Work, one_token
+from vlmbench.spec import LATER
 
 if TYPE_CHECKING:
     from vlmbench.core_run import CorePlan
@@ -34,6 +35,10 @@ class Corematching(Method):
     least. Decoding is sparse in `neuron_layers`: ``all``, or first/last counted from 0 (CoreInfer's own: ``6/26`` of 32).
     ``part=tokens`` and ``part=neurons`` are one half each. ``early_kv=kept`` leaves the tokens' keys in the layers before.
     ``spearman=on`` notes each layer's rank correlation of the score with α‖V‖cos, at the price of a slower prefill.
+
+    ``offload=on`` is for weights that do not fit: FFNs that decoding leaves to core neurons stay on the host (all but those
+    of the first `resident` layers), come for prefill one after the other, prefetched, and leave the device their core
+    neurons alone; see the method ``offload`` for the dense model so treated.
     """
 
     name: ClassVar[str] = "corematching"
@@ -47,7 +52,7 @@ class Corematching(Method):
         extension="beta counts all neurons; activations tied with a token's weakest core one are core; straight curves keep "
         "all; min_keep; one knee for all media; the release's window of layers scaled to the depth; text alone stays dense",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}))
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}), takes=frozenset({"ffn", "cache"}))
 
     rho: float = 0.2
     beta: float = 0.4
@@ -60,6 +65,7 @@ class Corematching(Method):
     early_kv: Literal["pruned", "kept"] = "pruned"
     spearman: bool = False
     offload: bool = False
+    resident: int | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for key in ("rho", "beta"):
@@ -72,10 +78,14 @@ class Corematching(Method):
             raise UsageError(
                 f"corematching:neuron_layers must be all, or first/last such as 6/26, not {self.neuron_layers!r}."
             )
-        if self.offload:
+        if self.resident is not None and (self.resident < 0 or not self.offload):
             raise UsageError(
-                "corematching:offload=on cannot be taken: weights pinned on the host are not written yet; leave offload out "
-                "and choose a model that fits the device."
+                f"corematching:resident={self.resident} must be at least 0 and needs offload=on; give both, or leave it out."
+            )
+        if self.offload and (self.part == "tokens" or self.mode == "release"):
+            raise UsageError(
+                f"corematching:offload=on leaves core neurons on the device, and part={self.part},mode={self.mode} decodes "
+                f"with all; leave offload out, or see the method offload."
             )
         own = "gt" if self.mode == "release" else "ge"
         if self.mode == "release" and (self.part != "both" or self.spearman or self.compare not in (None, own)):
@@ -85,6 +95,14 @@ class Corematching(Method):
             )
         if self.compare is None:
             object.__setattr__(self, "compare", own)
+        takes = {
+            "attention": self.spearman,  # it listens there
+            "ffn": self.part != "tokens" and self.mode == "paper",
+            "cache": self.part != "neurons",
+            "weights": self.offload,
+        }
+        taken = frozenset(name for name, holds in takes.items() if holds)
+        object.__setattr__(self, "traits", replace(type(self).traits, takes=taken))
 
     @property
     def _first_last(self) -> tuple[int, int] | None:
@@ -116,11 +134,14 @@ class Corematching(Method):
 
         from vlmbench.core_run import CorePlan
         from vlmbench.kernels.core_neurons import n_core
+        from vlmbench.kernels.int8_linear import Int8Linear
+        from vlmbench.offload import check_resident
 
+        check_resident(self.name, self.resident, adapter)
         depth, width = adapter.shapes.layers, adapter.shapes.intermediate
         for layer in adapter.layers:
             parts = [getattr(getattr(layer, "mlp", None), f"{name}_proj", None) for name in ("gate", "up", "down")]
-            if any(type(part) is not nn.Linear or part.bias is not None for part in parts):
+            if not all(type(part) in (nn.Linear, Int8Linear) and getattr(part, "bias", None) is None for part in parts):
                 raise UsageError(
                     f"corematching needs gated FFNs of plain matrices without biases, which {type(layer).__name__} does not "
                     f"have; choose a Qwen2-VL, Qwen2.5-VL or LLaVA-OneVision model that is not quantised."
@@ -140,12 +161,20 @@ class Corematching(Method):
             raise UsageError(
                 f"corematching:beta={self.beta} keeps none of {width} neurons; give at least {1 / width:.2g}."
             )
+        sparse = frozenset() if self.part == "tokens" else frozenset(range(first, last + 1))
+        host = [layer for layer in sorted(sparse) if layer >= (self.resident or 0)] if self.offload else []
+        if self.offload and not host:
+            raise UsageError(
+                f"corematching:offload=on,neuron_layers={self.neuron_layers},resident={self.resident} leaves nothing on the "
+                f"host: only layers that decode with core neurons go there; give resident below {last + 1}."
+            )
         return CorePlan(
             rho=self.rho,
             n_neurons=n,
             width=width,
             select=None if self.part == "neurons" else self.select_layer,
-            sparse=frozenset() if self.part == "tokens" else frozenset(range(first, last + 1)),
+            sparse=sparse,
+            host=tuple(host),
             compare=self.compare or "ge",
             min_keep=self.min_keep,
             prune_early=self.early_kv == "pruned",
@@ -174,3 +203,22 @@ class Corematching(Method):
         kept = trace.kept.get(stage(self.select_layer)) if self.mode == "paper" else None
         tokens = (n,) * early + (n if kept is None else len(kept),) * (shapes.layers - early)
         return Work(tokens, tuple(t * (t + 1) // 2 for t in tokens), (shapes.intermediate,) * shapes.layers)
+
+    def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work:
+        """Keys of the core tokens (of all, before the prompt has run), and weights of the core neurons, which are copies."""
+        from vlmbench.core_run import stage
+        from vlmbench.kernels.core_neurons import n_core
+
+        one, depth = one_token(prompt.length + step + 1, shapes), shapes.layers
+        if self.mode == "release" or not prompt.layout.n_visual:
+            return one
+        keys, neurons, copied = list(one.pairs), list(one.neurons), 0
+        if (kept := trace.kept.get(stage(self.select_layer))) is not None:
+            first = 0 if self.early_kv == "pruned" else self.select_layer
+            keys[first:] = [len(kept) + step + 1] * (depth - first)
+        if self.part != "tokens":
+            first, last = self._first_last or (0, depth - 1)
+            chosen = [n_core(self.beta, shapes.intermediate)] * (last + 1 - first)
+            neurons[first : last + 1] = chosen
+            copied = 3 * shapes.hidden * size * sum(chosen)
+        return replace(one, pairs=tuple(keys), neurons=tuple(neurons), own_bytes=copied)

@@ -553,6 +553,30 @@ def test_the_correlation_is_noted_for_every_layer_and_changes_nothing(adapter: A
     assert "spearman" not in plain.trace.facts
 
 
+def test_the_study_takes_medians_over_samples_layer_by_layer(cli: Any, tmp_path: Any) -> None:
+    from vlmbench.core_study import study, to_markdown
+
+    common = ("--suite", "synthvideo:length=32", "--no-baseline", "--mode", "accuracy")
+    own, none = tmp_path / "own", tmp_path / "none"
+    assert cli("run", *common, "--model", "dummy", "--method", "uniform", "--limit", 1, "--out", none).code == 0
+    with pytest.raises(UsageError, match=r"holds no run of corematching:spearman=on"):
+        study(none)
+    asked = ("--method", "corematching:spearman=on", "--max-new-tokens", 1, "--limit", 2)
+    assert cli("run", *common, *asked, "--out", own).code == 0
+    found = study(own)
+    (records,) = (path.read_text().splitlines() for path in own.rglob("samples.jsonl"))
+    noted = [json.loads(line)["trace"]["spearman"] for line in records]
+    assert len(noted) == 2
+    assert [row["layer"] for row in found] == sorted(map(int, noted[0]))
+    for row in found:
+        values = [each[str(row["layer"])] for each in noted]
+        assert row["n"] == 2
+        assert row["median"] == pytest.approx(sum(values) / 2)
+        assert row["q1"] <= row["median"] <= row["q3"]
+        assert row["positive"] == sum(value > 0 for value in values) / 2
+    assert to_markdown(found).count("corematching:rho=0.2") == len(found)
+
+
 # What is refused.
 
 
@@ -569,7 +593,12 @@ def test_the_correlation_is_noted_for_every_layer_and_changes_nothing(adapter: A
         ("neuron_layers=9/3", "corematching:neuron_layers must be all, or first/last such as 6/26, not '9/3'."),
         ("mode=release,part=tokens", "corematching:mode=release has one form; leave part=tokens"),
         ("mode=release,compare=ge", "corematching:mode=release has one form; leave part=both, compare=ge"),
-        ("offload=on", "corematching:offload=on cannot be taken: weights pinned on the host are not written yet;"),
+        (
+            "offload=on,part=tokens",
+            "corematching:offload=on leaves core neurons on the device, and part=tokens,mode=paper",
+        ),
+        ("resident=2", "corematching:resident=2 must be at least 0 and needs offload=on;"),
+        ("resident=-1,offload=on", "corematching:resident=-1 must be at least 0 and needs offload=on;"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused_in_a_sentence(spec: str, says: str) -> None:

@@ -15,7 +15,10 @@ import torch
 
 from vlmbench.core_projection import contribution, spearman
 from vlmbench.core_trace import pack_neurons
-from vlmbench.kernels.core_neurons import co_activation, compact, core_counts, core_set, core_tokens
+from vlmbench.kernels.core_neurons import co_activation, compact, core_counts, core_set, core_tokens, matrix_of
+from vlmbench.kernels.int8_linear import Int8Matrix, has_kernel
+from vlmbench.layout import select_extras
+from vlmbench.offload import stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +44,8 @@ class CorePlan:
     """The first layer that sees core tokens alone; None: no token leaves."""
     sparse: frozenset[int]
     """Layers whose FFN decodes with core neurons alone."""
+    host: tuple[int, ...]
+    """Layers whose whole FFN stays on the host and comes for prefill alone."""
     compare: Compare
     min_keep: int
     prune_early: bool
@@ -88,6 +93,8 @@ class CoreRun:
 
     def install(self, patch: Patcher) -> None:
         plan = self.plan
+        if plan.host:
+            stream(patch, self.trace, plan.host, prefetch=True, again=False)
         patch.pre(patch.adapter.text, self._begin)
         patch.post(patch.adapter.text, self._end)
         if plan.spearman:
@@ -167,7 +174,10 @@ class CoreRun:
         neurons = core_set(core_counts(activations, plan.rho), plan.n_neurons)
         if index in plan.sparse:
             now.neurons[index] = neurons
-            now.ffn[index] = compact(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, neurons)
+            gate, up, down = (matrix_of(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+            now.ffn[index] = compact(gate, up, down, neurons)
+            if isinstance(down, Int8Matrix) and not has_kernel(activations.device, activations.dtype, len(neurons)):
+                self.trace.facts["dequantised"] = True
         selects = index + 1 == plan.select
         if selects or plan.spearman:
             scores = co_activation(activations[now.visual], neurons)
@@ -217,10 +227,16 @@ class CoreRun:
 
 
 def _cut(kwargs: dict[str, Any], keep: Tensor) -> dict[str, Any]:
-    """Rotations, positions and mask of the kept tokens. The rotations are ``[…, N, D]`` with one or two axes before N."""
+    """Rotations, positions, mask, layout and extras of the kept tokens. The rotations are ``[…, N, D]`` with one or two axes
+    before N.
+    """
     cos, sin = kwargs["position_embeddings"]
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    order = keep.tolist()
+    layout = kwargs["vlmbench_layout"].select(order)
     return {
+        **select_extras({name: value for name, value in kwargs.items() if hasattr(value, "selected")}, layout, order),
+        "vlmbench_layout": layout,
         "position_embeddings": (cos[..., keep, :], sin[..., keep, :]),
         "position_ids": None if positions is None else positions[..., keep],
         "attention_mask": None if mask is None else mask[..., keep, :][..., keep],

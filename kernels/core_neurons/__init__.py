@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vlmbench.kernels.core_neurons.compact import CompactFFN, compact
+from vlmbench.kernels.core_neurons.compact import CompactFFN, compact, matrix_of
 from vlmbench.kernels.core_neurons.count import Counts, co_activation, core_counts, core_set, n_core
 from vlmbench.kernels.core_neurons.knee import Compare, CoreTokens, Knee, core_tokens, knee
 
@@ -18,5 +18,6 @@ __all__ = [
     "core_set",
     "core_tokens",
     "knee",
+    "matrix_of",
     "n_core",
 ]
