@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu test-lmms check tables results bench bench-gpu reference-report claims
+.PHONY: help setup demo test test-gpu test-lmms check tables results bench bench-gpu reference-report claims needles methods
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 26
@@ -45,9 +45,11 @@ results: setup  ## measure what results/cpu holds again (minutes; leave the mach
 	$(BIN)/python -m vlmbench.overhead --out results/cpu/overhead.json
 	$(BIN)/python -m vlmbench.publish
 
-bench: setup  ## the fixed CPU workloads of attention against the best dense kernel (minutes)
+bench: setup  ## the fixed CPU workloads against the best dense kernel (minutes)
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json
+	$(BIN)/vlmbench bench vision --method turbo:r=21 --shape llava-1.5-7b --layers 1 --frames 8 --rounds 3 --format json > results/cpu/vision-turbo.json
+	$(BIN)/vlmbench bench decode --method corematching:beta=0.4 --shape qwen2.5-vl-3b --layers 6 --frames 9 --text-tokens 64 --steps 16 --format json > results/cpu/decode-core.json
 
 # On a GPU machine without .venv the machine's own python, torch and transformers are used; what pip refuses there costs nothing,
 # since the checkout comes first on the path.
@@ -69,3 +71,11 @@ reference-report: setup  ## look inside the tiny models: accuracies and probes i
 # A quarter of an hour a model on two idle cores; what runs/claims holds already is not run again.
 claims: setup  ## PEVLM's claims in miniature into results/cpu/pevlm.md (goes on where it stopped; CLAIMS="--part ladder")
 	$(BIN)/python -m vlmbench.claims --runs runs/claims --out results/cpu $(CLAIMS)
+
+# Twenty minutes of one core for both models; answers alone, so the machine may do other things meanwhile.
+needles: setup  ## MMInference's patterns and boundaries on needles into results/cpu/mminference.md (goes on; NEEDLES="--part maps")
+	OMP_NUM_THREADS=1 $(BIN)/python -m vlmbench.needles --runs runs/needles --out results/cpu $(NEEDLES)
+
+# Forty minutes of one core for both models; answers alone, so the machine may do other things meanwhile.
+methods: setup  ## every method beside the trivial ones at its budget, into results/cpu/methods.md (goes on; METHODS="--suite synthimage")
+	OMP_NUM_THREADS=1 $(BIN)/python -m vlmbench.methods_study --runs runs/methods --out results/cpu $(METHODS)

@@ -12,11 +12,15 @@ import jsonschema
 import pytest
 import torch
 
-from vlmbench import bench, ceiling
+from vlmbench import bench, bench_attention, ceiling, dense, plan
+from vlmbench.bench_attention import _check
+from vlmbench.bench_row import new_row
 from vlmbench.errors import RunError
 from vlmbench.kernels import block_attention
 from vlmbench.kernels.block_attention import blocks, tiles
 from vlmbench.methods.pevlm import Pevlm
+from vlmbench.publish import bench_table
+from vlmbench.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTRACT = [
@@ -76,10 +80,73 @@ def test_rows_and_the_committed_ones_follow_the_schema(cli: Callable[..., Any]) 
         jsonschema.validate(json.loads(path.read_text()), schema)
 
 
+def test_every_column_is_explained() -> None:
+    text = (ROOT / "docs" / "how-we-time.md").read_text()
+    rows, planned = text[text.index("## `bench`") :].split("## `plan`")
+    assert [name for name in bench.COLUMNS if f"`{name}`" not in rows] == []
+    assert [name for name in plan.COLUMNS if f"`{name}`" not in planned] == []
+
+
+def test_a_row_of_any_operation_and_age_becomes_a_line() -> None:
+    """Decoding is held against the bytes that it reads, and a row from before a column existed leaves its cell empty."""
+    shape = bench.Shape(12, 4, 4, 2, 16)
+    timed = {"ratio": 1.5, "dense_s": 3.0, "method_s": 2.0, "pairs_limit": 6.0, "flops_limit": 3.0, "bytes_limit": 2.0}
+    shares = {"attention": "0.25", "prefill": "0.50", "decode": "0.75", "vision": "0.50"}
+    for op, share in shares.items():
+        row = new_row(op, Pevlm(), shape, torch.device("cpu"), torch.float32) | timed
+        line = bench_table([("a-workload", row)]).splitlines()[4]
+        assert line.startswith(f"| a-workload | {op} | `pevlm:")
+        assert line.split(" | ")[10] == share
+    del row["flops_limit"], row["bytes_limit"], row["bytes_share"]
+    assert bench_table([("old", row)]).splitlines()[4].split(" | ")[9:11] == ["—", "—"]
+
+
 def test_a_list_of_lengths_gives_a_row_each(cli: Callable[..., Any]) -> None:
     called = cli("bench", "attention", "--method", "pevlm", "--tokens", "200/300", *SMALL[2:], "--format", "json")
     rows = json.loads(called.out)["rows"]
     assert [row["tokens"] for row in rows] == [198, 298]  # whole frames of four tokens
+
+
+def test_several_methods_give_a_row_each(cli: Callable[..., Any]) -> None:
+    """Head types of MMInference and their mix, each alone on what is planted for it, out of one command."""
+    patterns = ("grid", "vs", "a_shape", "mix")
+    methods = [each for name in patterns for each in ("--method", f"mminference:pattern={name}")]
+    planted = ("--heads", 5, "--kv-heads", 1, "--head-dim", 32, "--frames", 6, "--frame-tokens", 16, "--rounds", 1)
+    called = cli("bench", "attention", *methods, *planted, "--check", "--format", "json")
+    rows = json.loads(called.out)["rows"]
+    assert [row["params"]["pattern"] for row in rows] == list(patterns)
+    assert all(row["check"].startswith("170 rows within") for row in rows)
+    limits = {row["params"]["pattern"]: row["pairs_limit"] for row in rows}
+    *alone, mixed = limits.values()
+    assert min(alone) < mixed < max(alone)
+
+
+def test_text_tokens_are_as_many_as_asked_for(cli: Callable[..., Any]) -> None:
+    options = ("--method", "pevlm:sink=2,block=2", *SMALL, "--rounds", 1, "--format", "json", "--text-tokens")
+    for text in (1, 9, 64):
+        assert json.loads(cli("bench", "attention", *options, text).out)["rows"][0]["tokens"] == 12 * 4 + text
+    assert "--text-tokens must be at least 1" in cli("bench", "attention", *options, 0).err
+
+
+def test_kernels_are_ranked_on_a_shorter_prompt_where_each_would_take_minutes(
+    cli: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(dense, "RANKED", 64)
+    monkeypatch.setattr(bench_attention, "RANKED", 64)
+    lengths: list[int] = []
+    stock = dense.causal_sdpa
+
+    def noted(q: Any, k: Any, v: Any) -> Any:
+        lengths.append(q.shape[2])
+        return stock(q, k, v)
+
+    monkeypatch.setattr(dense, "causal_sdpa", noted)
+    called = cli("bench", "attention", "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+    (row,) = json.loads(called.out)["rows"]
+    assert row["dense_kernel"] in row["dense_kernels_s"]
+    assert "ranked at 64 tokens" in row["note"]
+    assert lengths.count(row["tokens"]) == 7  # one of warm-up and six rounds
+    assert set(lengths) == {64, row["tokens"]}
 
 
 def test_a_wrong_kernel_gets_no_ratio_and_exit_code_1(cli: Callable[..., Any], monkeypatch: Any) -> None:
@@ -147,18 +214,19 @@ def test_no_memory_for_the_devices_rates_leaves_what_was_timed(cli: Callable[...
 
 def test_the_check_sees_a_key_too_many(monkeypatch: Any) -> None:
     shape = bench.Shape(12, 4, 4, 2, 16)
-    plan = bench.make_methods(["pevlm:sink=2,block=2"])[0].prepare(shape.prompt(), bench.Trace()).extras["block_plan"]
+    plan = bench.make_methods(["pevlm:sink=2,block=2"])[0].prepare(shape.prompt(), Trace()).extras["block_plan"]
     q, k, v = (torch.randn(1, h, shape.tokens, 16) for h in (4, 2, 2))
     causal = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert bench._check(causal, q, k, v, None, seed=0)
+    assert _check(causal, q, k, v, None, seed=0)
     with pytest.raises(RunError, match="is wrong by"):
-        bench._check(causal, q, k, v, plan, seed=0)
+        _check(causal, q, k, v, plan, seed=0)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (("--method", "uniform"), "replaces no attention"),
+        (("--method", "uniform+pevlm"), "bench prefill takes them joined"),
         (("--method", "ape", "--check"), "weights of 1"),
         (("--method", "pevlm", "--frames", 0), "--frames must be at least 1"),
         (("--method", "pevlm", "--heads", 3), "multiple of --kv-heads"),

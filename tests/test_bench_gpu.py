@@ -62,7 +62,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: Any) -> None:
 
 
 def watched(tmp_path: Path, monkeypatch: Any, code: str, budget_s: float) -> tuple[int, str]:
-    """`_Watch` over workers that run `code` with the names of their workloads in ``names``."""
+    """`Watch` over workers that run `code` with the names of their workloads in ``names``."""
     script = tmp_path / "worker.py"
     script.write_text(f"import os, sys, time\nnames = sys.argv[sys.argv.index('--worker') + 1:]\n{code}")
     start = subprocess.Popen
@@ -72,7 +72,7 @@ def watched(tmp_path: Path, monkeypatch: Any, code: str, budget_s: float) -> tup
 
     monkeypatch.setattr(subprocess, "Popen", worker)
     log = io.StringIO()
-    watch = bench_gpu._Watch(tmp_path, log, time.monotonic() + budget_s, smoke=True)
+    watch = bench_gpu.Watch(tmp_path, log, time.monotonic() + budget_s, smoke=True)
     return watch.run([bench_gpu.Workload(name, "attention") for name in "abc"]), log.getvalue()
 
 
@@ -91,6 +91,15 @@ def test_a_worker_that_asks_for_a_fresh_one_gets_it_and_nothing_failed(tmp_path:
     assert returned == 0
     assert [line for line in log.splitlines() if line.startswith("» ")] == ["» a", "» b", "» c"]
     assert "Failed" not in log
+
+
+def test_what_has_its_row_is_not_measured_again(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / bench_gpu.ROWS).write_text('{"workload": "a"}\n{"workload": "c"}\n{"workl')  # torn by a kill
+    code = "for name in names:\n    print('» ' + name, flush=True)\n"
+    returned, log = watched(tmp_path, monkeypatch, code, 60)
+    assert returned == 0
+    assert "2 workloads have their row in" in log
+    assert [line for line in log.splitlines() if line.startswith("» ")] == ["» b"]
 
 
 def test_the_time_is_kept_and_what_was_not_reached_is_named(tmp_path: Path, monkeypatch: Any) -> None:
@@ -113,7 +122,6 @@ def test_at_the_deadline_what_a_worker_started_ends_with_it(tmp_path: Path, monk
 
 
 def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
-    from vlmbench.madeup import shapes
     from vlmbench.session import make_methods
 
     names = [each.name for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE)]
@@ -121,10 +129,20 @@ def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
     for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE):
         assert each.op in (*OPS, "tests")
         make_methods([each.method])
-        options = dict(each.options)
-        sizes = {name: options.pop(name, 1) for name in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim")}
-        shapes(tokens=None, preset=options.pop("shape", None), **sizes)
+        _, options = each.split()
         assert set(options) <= {"check", "rounds", "layers", "steps", "rivals", "graphs", "alone"}
     assert bench_gpu.WORKLOADS[0].op == "tests"
+    # All that the contract fixes is there, and what comes first is rehearsed.
+    mm = {
+        f"gpu-mm-{p}-{n}"
+        for p in ("grid", "vs", "a_shape", "mix")
+        for n in ("16k", "64k", "128k", "360k", "720k", "1m")
+    }
+    assert mm | {"gpu-pevlm", "gpu-turbo", "gpu-turbo-siglip", "gpu-core", "gpu-memvp"} <= set(names)
+    kinds = {
+        first: {(each.op, each.method.partition(":")[0]) for each in some if each.part == 1 and each.op in OPS}
+        for first, some in (("card", bench_gpu.WORKLOADS), ("rehearsed", bench_gpu.SMOKE))
+    }
+    assert kinds["card"] <= kinds["rehearsed"]
     # With the start of the machine's python it must end inside the ten minutes of a command.
     assert sum(each.about_s for each in bench_gpu.WORKLOADS if each.part == 1) <= bench_gpu.BUDGET_S < 600

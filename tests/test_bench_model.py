@@ -13,8 +13,9 @@ import jsonschema
 import pytest
 import torch
 
-from vlmbench import bench, bench_model, madeup, rounds
+from vlmbench import bench, bench_model, bench_row, bench_sides, madeup, rounds
 from vlmbench.dense import Flex, causal_sdpa
+from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Method, Traits
 from vlmbench.methods.uniform import Uniform
 from vlmbench.models.base import ModelAdapter
@@ -42,6 +43,7 @@ def row_of(cli: Callable[..., Any], *args: Any) -> dict[str, Any]:
         ("prefill", "downsample:ratio=0.5"),
         ("decode", "uniform:ratio=0.25"),
         ("decode", "ape:block=3"),
+        ("decode", "corematching:beta=0.25"),
         ("vision", "downsample:ratio=0.5"),
         ("vision", "full"),
     ],
@@ -58,8 +60,21 @@ def test_rows_are_whole_and_name_the_best_dense_kernel(cli: Callable[..., Any], 
     # No share is negative, and none can pass one by more than an unsteady clock.
     assert row["dense_flops_share"] > 0
     assert row["flops_limit"] >= 1
+    assert row["bytes_limit"] >= 1
     if op == "decode":
         assert row["method_tokens_per_s"] == pytest.approx(3 / row["method_s"])
+
+
+def test_a_long_prefill_runs_under_the_kernel_that_attention_alone_is_fastest_with(
+    cli: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(bench_sides, "RANKED", 64)
+    slow = rounds.Side("sdpa/math", lambda _: None)
+    monkeypatch.setattr(bench_sides, "ranked", lambda q, k, v, clock: (slow, {}, {}))
+    row = row_of(cli, "prefill", "--method", "pevlm:sink=2,block=2", *SMALL)
+    assert list(row["dense_kernels_s"]) == ["sdpa/math"]
+    short = row_of(cli, "decode", "--method", "uniform:ratio=0.25", *SMALL, "--steps", 1)
+    assert len(short["dense_kernels_s"]) == 2
 
 
 def test_fewer_layers_are_marked_and_brought_up_to_the_whole(cli: Callable[..., Any]) -> None:
@@ -69,9 +84,55 @@ def test_fewer_layers_are_marked_and_brought_up_to_the_whole(cli: Callable[..., 
     assert row["whole_method_s"] > 0
 
 
+def test_decoding_with_core_neurons_reads_their_weights_alone(cli: Callable[..., Any]) -> None:
+    """By hand, for the miniature's 4 layers of 64 channels, 4 and 2 heads of 16, 128 neurons and 300 words in float32."""
+    row = row_of(cli, "decode", "--method", "corematching:beta=0.25,part=neurons", *SMALL, "--steps", 3)
+    tokens = 12 * 4 + 74
+
+    def step(neurons: int, keys: int) -> int:
+        layer = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * neurons + 2 * 2 * 16 * keys
+        return 4 * (4 * layer + 64 * 300)
+
+    assert row["dense_bytes"] == sum(step(128, tokens + i + 1) for i in range(3))
+    assert row["method_bytes"] == sum(step(32, tokens + i + 1) for i in range(3))
+    assert row["bytes_limit"] == row["dense_bytes"] / row["method_bytes"]
+    fewer = row_of(cli, "decode", "--method", "corematching:beta=0.25", *SMALL, "--steps", 3)
+    assert fewer["method_bytes"] < row["method_bytes"]  # keys of the tokens that left are not read
+
+
+def test_what_a_method_keeps_to_itself_has_no_cost(cli: Callable[..., Any]) -> None:
+    row = row_of(cli, "decode", "--method", "memvp:artefact=untrained", *SMALL, "--steps", 2)
+    assert row["method_s"] > 0
+    assert row["dense_bytes"] > 0
+    assert row["method_bytes"] is row["bytes_limit"] is None
+
+
+def test_every_prompt_of_a_batch_has_a_memory_of_its_own(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    from vlmbench.memvp_memory import VisualMemory
+
+    made: list[int] = []
+    stock = VisualMemory.forward
+
+    def counted(self: Any, samples: Any) -> Any:
+        made.append(len(samples))
+        return stock(self, samples)
+
+    monkeypatch.setattr(VisualMemory, "forward", counted)
+    row = row_of(cli, "prefill", "--method", "memvp:artefact=untrained", *SMALL, "--batch", 3, "--text-tokens", 20)
+    assert set(made) == {3}
+    assert row["flops_limit"] > 1
+
+
+def test_flops_are_those_of_the_layers_that_ran(cli: Callable[..., Any]) -> None:
+    """What is outside the layers is timed without any, which must not pass for what the method did."""
+    row = row_of(cli, "prefill", "--method", "corematching:select_layer=1", *SMALL, "--layers", 2)
+    assert row["whole_method_s"] > 0
+    assert row["method_flops"] < row["dense_flops"]
+
+
 def test_the_rest_counts_once_and_the_layers_as_often_as_there_are() -> None:
     row = {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None}
-    bench_model._Bench._add_whole(None, row, dense_rest=1.0, own_rest=1.0)  # type: ignore[arg-type]
+    bench_sides.Sides.add_whole(None, row, dense_rest=1.0, own_rest=1.0)  # type: ignore[arg-type]
     assert row == {"layers": 2, "model_layers": 28, "dense_s": 3.0, "method_s": None, "whole_dense_s": 1 + 2 * 14}
 
 
@@ -95,7 +156,7 @@ def test_planning_counts_once_however_many_layers_there_are(cli: Callable[..., A
 
         return counted
 
-    monkeypatch.setattr(bench_model, "Clock", Counted)
+    monkeypatch.setattr(bench_sides, "Clock", Counted)
     monkeypatch.setattr(ModelAdapter, "prefill", count(lambda adapter: len(adapter.text.layers), prefill))
     monkeypatch.setattr(Uniform, "prepare", count(lambda method: 10, prepare))
     row = row_of(cli, "prefill", "--method", "uniform:ratio=0.25", *SMALL, "--layers", 2)
@@ -141,10 +202,10 @@ def test_vision_costs_are_those_under_the_method_whatever_stages_it_names(reads_
 
 def test_a_prompt_without_layers_comes_back_whole() -> None:
     adapter = bench_model._load(madeup.Shape(2, 4, 4, 2, 16, name="mini-llava-ov"), 2, *_cpu(), 0)
-    prompt = bench_model.embedded(adapter, madeup.Shape(2, 4, 4, 2, 16))
+    prompt = madeup.embedded(adapter, madeup.Shape(2, 4, 4, 2, 16))
     with torch.inference_mode():
         before = adapter.prefill(prompt, adapter.new_cache(1))
-        with bench_model._without_layers(adapter):
+        with bench_sides.without_layers(adapter):
             assert not len(adapter.layers)
         assert torch.equal(adapter.prefill(prompt, adapter.new_cache(1)), before)
     assert "new_cache" not in vars(adapter)
@@ -199,9 +260,9 @@ def test_frames_are_as_square_as_their_number_allows() -> None:
 
 def test_a_mask_too_large_is_refused_in_a_sentence(monkeypatch: Any) -> None:
     shape = madeup.Shape(256, 257, 28, 4, 128)
-    row = bench.new_row("attention", Uniform(), shape, *_cpu())
-    with pytest.raises(bench.UsageError, match="triton installed"):
-        bench.mark_masked(row, bench.Trace(facts={"masked": True}), torch.device("cuda"))
+    row = bench_row.new_row("attention", Uniform(), shape, *_cpu())
+    with pytest.raises(UsageError, match="triton installed"):
+        bench_row.mark_masked(row, Trace(facts={"masked": True}), torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

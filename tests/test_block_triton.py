@@ -349,11 +349,15 @@ def test_every_tiling_on_cuda_writes_every_row_and_reads_no_other(
 
 
 @pytest.mark.gpu
-def test_offsets_pass_two_to_the_31_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, apart, dim = Plan(0, (), 127), 2**31 // 60, 16  # keys from 64 on begin a tile of every tiling
-    numbers = torch.empty(127 * apart, dtype=torch.float16, device="cuda")
-    near = qkv(127, 1, 1, dim, torch.float16, "cuda")
-    q, k, v = (numbers.as_strided((1, 1, 127, dim), (0, 0, apart, 1), 256 * i) for i in range(3))
+@pytest.mark.parametrize("heads", [1, 3], ids=["rows-apart", "heads-apart"])
+def test_offsets_pass_two_to_the_31_on_cuda(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, dim = Plan(0, (), 127), 16  # keys from 64 on begin a tile of every tiling
+    apart = 2**31 // 60 if heads == 1 else 2**30
+    by_head, by_row = (0, apart) if heads == 1 else (apart, dim)
+    numbers = torch.empty(apart * (127 if heads == 1 else heads), dtype=torch.float16, device="cuda")
+    near = qkv(127, heads, heads, dim, torch.float16, "cuda")
+    room = 4 * 127 * dim
+    q, k, v = (numbers.as_strided((1, heads, 127, dim), (0, by_head, by_row, 1), room * i) for i in range(3))
     for x, original in zip((q, k, v), near, strict=True):
         x.copy_(original)
     here = fused.block_attention(*near, plan)
@@ -363,11 +367,11 @@ def test_offsets_pass_two_to_the_31_on_cuda(monkeypatch: pytest.MonkeyPatch) -> 
         torch,
         "empty",
         lambda size, **options: (
-            numbers.as_strided(size, (0, apart, 0, 1), 1024) if len(size) == 4 else empty(size, **options)
+            numbers.as_strided(size, (0, by_row, by_head, 1), room * 3) if len(size) == 4 else empty(size, **options)
         ),
     )
     out = fused.block_attention(q, k, v, plan)
-    assert out.stride(2) == apart
+    assert out.stride()[1:3] == (by_head, by_row)
     assert torch.equal(out, here)
 
 

@@ -15,15 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlmbench import chunked, cost, counted
 from vlmbench.backend import Identity
 from vlmbench.bench import bench
+from vlmbench.bench_gpu_workloads import WORKLOADS
 from vlmbench.cards import CARDS
 from vlmbench.engine import TorchBackend
 from vlmbench.madeup import Shape, bare
+from vlmbench.method import one_token
 from vlmbench.methods.full import Full
 from vlmbench.methods.pevlm import Pevlm
 from vlmbench.methods.uniform import Uniform
-from vlmbench.plan import COLUMNS, _empty, bytes_of, config_of, plan, stages
+from vlmbench.plan import COLUMNS, _empty, bytes_of, config_of, made_up_inputs, plan, stages
 from vlmbench.session import make_methods
 from vlmbench.suite import Sample
+from vlmbench.trace import Trace
 
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "schema" / "plan.schema.json"
 QUESTION = "where is the red circle ?"
@@ -87,8 +90,9 @@ def test_rows_follow_the_schema_and_drops_show(cli: Callable[..., Any]) -> None:
         ("prefill", "uniform:ratio=0.25", 64, 16),
         ("prefill", "pevlm:sink=2,block=2", 64, 16),
         ("vision", "downsample:ratio=0.5", 16, 16),
-        # On a CPU the prompt's embeddings, which no step reads, are in a plan and not in a row: so few frames.
-        ("decode", "full", 12, 4),
+        ("decode", "full", 64, 16),
+        # The copied weights of core neurons are in both: a fifth of it all.
+        ("decode", "corematching:beta=0.9", 12, 4),
     ],
 )
 def test_the_peak_of_a_bench_row_is_the_planned_one(op: str, method: str, frames: int, frame_tokens: int) -> None:
@@ -97,6 +101,53 @@ def test_the_peak_of_a_bench_row_is_the_planned_one(op: str, method: str, frames
     (one,) = make_methods([method])
     rows = plan("mini-qwen2.5-vl@random", one, shape, "h200", torch.float32, NEW_TOKENS)
     assert row["peak_bytes"] == pytest.approx({each["stage"]: each for each in rows}[op]["peak_bytes"], rel=0.1)
+
+
+def test_a_decoding_step_reads_core_neurons_alone(cli: Callable[..., Any]) -> None:
+    rows, given = {}, "corematching:beta=0.25"
+    for method in ("full", given, "corematching:mode=release", f"{given},part=tokens", f"uniform:ratio=0.25+{given}"):
+        called = cli("plan", *SMALL, "--method", method, "--format", "json")
+        rows[method] = {row["stage"]: row for row in json.loads(called.out)["rows"]}
+    full, core, release, tokens, joined = rows.values()
+    # Of 4 layers' 3 × 64 × 128 weights of the FFN in bfloat16, three quarters; which tokens stay is not known before.
+    assert full["decode"]["bytes"] - core["decode"]["bytes"] == 4 * 3 * 64 * 96 * 2
+    assert full["decode"]["flops"] - core["decode"]["flops"] == 4 * 3 * 64 * 96 * 2
+    assert core["decode"]["peak_bytes"] - full["decode"]["peak_bytes"] == 4 * 3 * 64 * 32 * 2
+    # Joined with a method that leaves 12 of 48 visual tokens: keys and values of 2 heads of 16 in 4 layers less.
+    assert core["decode"]["bytes"] - joined["decode"]["bytes"] == 36 * 4 * 2 * 2 * 16 * 2
+    assert release["decode"]["bytes"] == tokens["decode"]["bytes"] == full["decode"]["bytes"]
+
+
+@pytest.mark.parametrize(("shape", "method"), [("llava-1.5-7b", "turbo:r=21"), ("llava-ov-7b", "turbo:r=22")])
+def test_the_fixed_workloads_of_turbo_take_1_65_times_fewer_flops(shape: str, method: str) -> None:
+    """The tower and its projector, of frames of any number."""
+    named = [each for each in WORKLOADS if each.op == "vision" and each.method == method]
+    assert [dict(each.options)["shape"] for each in named] == [shape]
+    adapter = counted.model_without_storage(config_of(f"{shape}@random:layers=1"), torch.bfloat16)
+    inputs = made_up_inputs(adapter, Shape(1, 1, 1, 1, 1))
+    dense = counted.vision(adapter, inputs).cost.flops
+    with make_methods([method])[0].attach(adapter):
+        own = counted.vision(adapter, inputs).cost.flops
+    assert dense / own == pytest.approx(1.65, abs=0.02)
+
+
+def test_the_bounds_of_the_fixed_workloads_on_a_7b_llama() -> None:
+    """gpu-core reads 1.65 times fewer bytes a step, gpu-memvp computes five times less: 64 tokens of 320, and the memory."""
+    workloads = {each.name: each for each in WORKLOADS}
+    shapes = counted.model_without_storage(config_of("llava-1.5-7b@random"), torch.bfloat16).shapes
+    core, memory = (workloads[name].split()[0] for name in ("gpu-core", "gpu-memvp"))
+    assert (core.tokens, memory.tokens, memory.batch) == (576 + 64, 256 + 64, 8)
+    (method,) = make_methods([workloads["gpu-core"].method])
+    read = method.decode_work(core.prompt(), shapes, Trace(), 0, 2)
+    assert read is not None
+    dense = cost.decode(one_token(core.tokens + 1, shapes), shapes, 2)
+    assert dense.bytes / cost.decode(read, shapes, 2).bytes == pytest.approx(1.65, abs=0.03)
+    (method,) = make_methods([workloads["gpu-memvp"].method])
+    left = method.prepare(memory.prompt(), Trace())
+    assert left.length == 64
+    whole, own = (each.work(prompt, shapes, Trace()) for each, prompt in ((Full(), memory.prompt()), (method, left)))
+    ratio = cost.prefill(whole, shapes, 2, 8).flops / cost.prefill(own, shapes, 2, 8).flops
+    assert ratio == pytest.approx(4.96, abs=0.02)
 
 
 def test_float32_is_held_against_its_own_rate(cli: Callable[..., Any]) -> None:

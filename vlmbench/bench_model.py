@@ -6,34 +6,29 @@ a prompt (`prepare`) is inside its prefill time, as it is in every run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmbench import cost
-from vlmbench.bench import add_note, add_shares, mark_masked, new_row, note_masked, prepared, ran_out
-from vlmbench.cache import new_cache
-from vlmbench.contest import Make, contest, mark_eager, recorded
-from vlmbench.dense import Flex, backends, label, only
+from vlmbench.bench_row import add_note, add_shares, mark_masked, new_row, note_masked, ran_out
+from vlmbench.bench_sides import Sides
+from vlmbench.dense import RANKED
 from vlmbench.errors import UsageError
 from vlmbench.graphs import recorder
 from vlmbench.kernels.block_attention import forget
 from vlmbench.layout import Prompt
-from vlmbench.madeup import Shape, after_clip, embedded, frames_per_unit, vision_clips, vision_shape
-from vlmbench.parallel import ParallelEncoding
-from vlmbench.patch import Patcher
-from vlmbench.recorded import Decoding, Filled, Tower, decoding, on_host, tower
-from vlmbench.rounds import Clock, Side, first_line, out_of_memory, peak_bytes, release
+from vlmbench.madeup import Shape, vision_clips, vision_shape
+from vlmbench.method import one_token
+from vlmbench.recorded import Decoding, Filled, Prefill, Tower, decoding, on_host, prefill, tower
+from vlmbench.rounds import first_line, out_of_memory
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
-    from vlmbench.method import Method
+    from vlmbench.method import Method, Work
     from vlmbench.models.base import Inputs, ModelAdapter
 
 SHORTENS = {
@@ -42,7 +37,8 @@ SHORTENS = {
     "vision": frozenset({"frames", "vision"}),
 }
 """Operation -> `Traits.stages` that change it."""
-REST_REPEATS = 3
+RANKED_STEPS = 16
+"""Steps of decoding after which the fastest dense kernel is known: recording as many takes seconds for each kernel."""
 
 
 @torch.inference_mode()
@@ -61,12 +57,13 @@ def row(
 ) -> dict[str, Any]:
     """One row; out of memory ends it with the mark ``oom``. Raises `UsageError` when there is nothing to time.
 
-    `graphs` records decoding and vision, by default on CUDA (elsewhere `graphs.Tape` rehearses it); with `alone` the method
-    is not raced.
+    `graphs` records decoding and vision, by default on CUDA (elsewhere `graphs.Tape` rehearses it), and a prefill where it is
+    asked for; with `alone` the method is not raced.
     """
     _refuse(op, method, shape, layers, steps)
     found = new_row(op, method, shape, device, dtype)
-    graphs = device.type == "cuda" if graphs is None else graphs
+    # A long prefill keeps the card busy without it.
+    graphs = device.type == "cuda" and op != "prefill" if graphs is None else graphs
     try:
         adapter = _load(shape, layers, device, dtype, seed)
         bench = _Bench(adapter, method, shape, device, dtype, rounds, steps, seed, graphs, alone)
@@ -120,32 +117,16 @@ def _load(shape: Shape, layers: int | None, device: torch.device, dtype: torch.d
     return load(name, dtype=dtype, device=str(device), attention="sdpa", seed=seed).adapter
 
 
-@dataclass(frozen=True)
-class _Bench:
-    """One model, one method, one shape: the two sides of each operation, and their race."""
-
-    adapter: ModelAdapter
-    method: Method
-    shape: Shape
-    device: torch.device
-    dtype: torch.dtype
-    rounds: int
-    steps: int
-    seed: int
-    graphs: bool
-    """Decoding and vision are recorded and replayed."""
-    alone: bool
-    """Dense attention stays out of the race."""
-
-    # -- operations -------------------------------------------------------------------------------------------------------
+class _Bench(Sides):
+    """What is timed in each operation, and what it costs."""
 
     def prefill(self, row: dict[str, Any]) -> None:
-        (dense_prompt, own_prompt), trace = self._prompts()
-        less = self._prepared(row, own_prompt, trace)
+        (dense_prompt, own_prompt), trace = self.prompts()
+        less = self.prepared(row, own_prompt, trace)
         mark_masked(row, trace, self.device)
         if less.extras.get("block_plan") is not None and self.shape.batch > 1:
             raise UsageError(f"{self.method.name} takes one prompt at a time; --batch is {self.shape.batch}.")
-        dense = self._dense_sides(self._prefill, lambda _: dense_prompt, self.shape.tokens, flex=True)
+        dense = self.dense_sides(self._prefill, lambda _: dense_prompt, self.shape.tokens, prefill=True)
         ran = trace
 
         def ready(entered: Trace) -> tuple[Prompt, Trace]:
@@ -154,44 +135,67 @@ class _Bench:
             forget()  # a new prompt: what kernels make from its plan is inside the time, once for all layers
             return own_prompt, entered
 
-        best, own = self._race(row, dense, self._own_side(self._prepare_and_prefill, ready))
+        def make(given: Prompt | tuple[Prompt, Trace]) -> Prefill:
+            def prepare() -> Prompt:
+                return self._prepared(given) if isinstance(given, tuple) else given
+
+            return prefill(self.adapter, recorder(self.device), prepare, self._prefill)
+
+        # The tables of a plan, which belong inside the time, would be made before a recording and never in it.
+        recording = make if self.graphs and less.extras.get("block_plan") is None else None
+        in_order = self.shape.tokens > RANKED
+        own = self.own_side(self._prepare_and_prefill, ready)
+        best, own = self.race(row, dense, own, make=recording, in_order=in_order)
         if ran.facts.get("masked"):  # what the kernel refused at its launch is known now
             trace.facts["masked"] = True
         note_masked(row, trace)
-        if best is not None and row["per_layer"]:
-            self._add_whole(row, self._rest(best), self._rest(own))
         shapes, size = self.adapter.shapes, self.dtype.itemsize
         plain = _full().work(dense_prompt, shapes, Trace())
         work = self.method.work(less, shapes, ran)
         if less.extras.get("block_plan") is not None:
             row["pairs_limit"] = sum(plain.pairs) / sum(work.pairs)
-        costs = (cost.prefill(each, shapes, size, self.shape.batch) for each in (plain, work))
+        costs = [cost.prefill(each, shapes, size, self.shape.batch) for each in (plain, work)]
+        if best is not None and row["per_layer"]:  # a method's trace of a model without layers says nothing
+            again = None if "eager" in row["marks"] else recording
+            self.add_whole(row, self.rest(best, again), self.rest(own, again))
         add_shares(row, self.device, self.dtype, *costs)
 
     def decode(self, row: dict[str, Any]) -> None:
-        (dense_prompt, own_prompt), trace = self._prompts()
+        (dense_prompt, own_prompt), trace = self.prompts()
+        ran, less = trace, own_prompt
 
         def filled(prompt: Prompt) -> Filled:
             cache = self.adapter.new_cache(self.steps)
             return Filled(cache, self.adapter.prefill(prompt, cache).argmax(-1, keepdim=True), prompt.next_position)
 
-        def make(given: Filled) -> Decoding:
-            return decoding(self.adapter, recorder(self.device), given, self.steps)
+        def make(given: Filled, steps: int = self.steps) -> Decoding:
+            return decoding(self.adapter, recorder(self.device), given, steps)
 
-        dense = self._dense_sides(self._decode, lambda _: filled(dense_prompt), self.shape.tokens)
-        own = self._own_side(self._decode, lambda entered: filled(self.method.prepare(own_prompt, _fresh(entered))))
-        best, own = self._race(row, dense, own, make=make if self._recording(row) else None)
-        less = self._prepared(row, own_prompt, trace)
+        def ready(entered: Trace) -> Filled:
+            nonlocal ran, less
+            ran, less = entered, self.method.prepare(own_prompt, _fresh(entered))
+            return filled(less)
+
+        dense = self.dense_sides(self._decode, lambda _: filled(dense_prompt), self.shape.tokens)
+        own = self.own_side(self._decode, ready)
+        if self.recording(row):
+            brief = partial(make, steps=RANKED_STEPS) if self.steps > RANKED_STEPS else None
+            best, own = self.race(row, dense, own, make=make, brief=brief)
+        else:
+            best, own = self.race(row, dense, own)
+        self.prepared(row, own_prompt, trace)
+        shapes, size = self.adapter.shapes, self.dtype.itemsize
+        dense_works = [one_token(dense_prompt.length + step + 1, shapes) for step in range(self.steps)]
+        found = [self.method.decode_work(less, shapes, ran, step, size) for step in range(self.steps)]
+        works = [each for each in found if each is not None]  # what a method leaves out of a step is known to it alone
         if best is not None and row["per_layer"]:
             again = None if "eager" in row["marks"] else make
-            self._add_whole(row, self._rest(best, again), self._rest(own, again))
+            self.add_whole(row, self.rest(best, again), self.rest(own, again))
         row["dense_tokens_per_s"], row["method_tokens_per_s"] = (
             self.steps / row[key] if row[key] else None for key in ("dense_s", "method_s")
         )
-        # What a method leaves out of a step is known to it alone; parallel encodings only weigh what they read.
-        whole = "decode" not in self.method.traits.stages or isinstance(self.method, ParallelEncoding)
-        own_cost = self._decode_cost(less.length) if whole else None
-        add_shares(row, self.device, self.dtype, self._decode_cost(dense_prompt.length), own_cost)
+        own_cost = self._decode_cost(works) if works else None
+        add_shares(row, self.device, self.dtype, self._decode_cost(dense_works), own_cost)
 
     def vision(self, row: dict[str, Any]) -> None:
         from vlmbench.counted import vision_cost
@@ -205,14 +209,14 @@ class _Bench:
         )
         own_inputs = others[0] if others else dense_inputs
         row |= {"frame_tokens": shape.frame_tokens, "tokens": shape.tokens}
-        dense = self._dense_sides(self.adapter.encode_vision, lambda _: dense_inputs, 0)
-        own = self._own_side(self.adapter.encode_vision, lambda _: own_inputs)
+        dense = self.dense_sides(self.adapter.encode_vision, lambda _: dense_inputs, 0)
+        own = self.own_side(self.adapter.encode_vision, lambda _: own_inputs)
 
         def make(given: Inputs) -> Tower:
             return tower(self.adapter, recorder(self.device), on_host(given))
 
         inputs = (_tensors(dense_inputs), _tensors(own_inputs))
-        self._race(row, dense, own, inputs, make if self._recording(row) else None)
+        self.race(row, dense, own, inputs, make if self.recording(row) else None)
         dense_cost = vision_cost(self.adapter, dense_inputs)
         own_cost = None
         try:
@@ -223,17 +227,20 @@ class _Bench:
 
     # -- what is timed ----------------------------------------------------------------------------------------------------
 
-    def _prefill(self, prompt: Prompt) -> None:
+    def _prefill(self, prompt: Prompt) -> Tensor:
         many = self.shape.batch
         if many > 1:  # the same prompt so many times, without copies
             embeds, positions = prompt.embeds, prompt.positions
             rows = positions.expand(*positions.shape[:-2], many, -1)
             prompt = replace(prompt, embeds=embeds.expand(many, -1, -1), positions=rows)
-        self.adapter.prefill(prompt, self.adapter.new_cache(1))
+        return self.adapter.prefill(prompt, self.adapter.new_cache(1))
+
+    def _prepared(self, given: tuple[Prompt, Trace]) -> Prompt:
+        prompt, trace = given
+        return self.method.prepare(prompt, _fresh(trace))
 
     def _prepare_and_prefill(self, given: tuple[Prompt, Trace]) -> None:
-        prompt, trace = given
-        self._prefill(self.method.prepare(prompt, _fresh(trace)))
+        self._prefill(self._prepared(given))
 
     def _decode(self, given: Filled) -> None:
         cache, token, position = given
@@ -241,112 +248,10 @@ class _Bench:
             token = self.adapter.decode(token, position + step, cache).argmax(-1, keepdim=True)
             int(token)  # each id reaches the host before the next step, as in a run
 
-    # -- sides ------------------------------------------------------------------------------------------------------------
-
-    def _dense_sides(self, call: Any, ready: Any, tokens: int, *, flex: bool = False) -> dict[str, Side]:
-        """`call` under every dense kernel that torch has here. `tokens` bounds the one that writes its scores down."""
-        if self.alone:
-            return {}
-        score_bytes = self.shape.heads * tokens**2 * 4
-        sides = {label(each): Side(label(each), call, ready, only(each)) for each in backends(self.device, score_bytes)}
-        if flex and self.device.type == "cuda":
-            sides["flex"] = Side("flex", call, ready, partial(self._flex, Flex()))
-        return sides
-
-    @contextmanager
-    def _flex(self, flex: Flex) -> Iterator[None]:
-        with Patcher(self.adapter) as patch:
-            patch.attention(flex.as_model_attention)
-            yield
-
-    def _own_side(self, call: Any, ready: Any) -> Side:
-        return Side("method", call, ready, lambda: self.method.attach(self.adapter))
-
-    def _race(
-        self,
-        row: dict[str, Any],
-        dense: dict[str, Side],
-        own: Side,
-        inputs: tuple[list[Tensor], list[Tensor]] = ([], []),
-        make: Make | None = None,
-    ) -> tuple[Side | None, Side]:
-        """The fastest dense side, and the method's own as it ran against it; peaks are those of unrecorded calls."""
-        clock = Clock(self.device)
-        best, own = contest(row, dense, own, self.rounds, clock, make, own_kernel=self._replaces_attention())
-        release()
-        weights = [*self.adapter.model.parameters(), *self.adapter.model.buffers()]
-        for side, key, seconds, mine, theirs in (
-            (own, "peak_bytes", row["method_s"], inputs[1], inputs[0]),
-            (best, "dense_peak_bytes", row["dense_s"], inputs[0], inputs[1]),
-        ):
-            if side is not None and seconds is not None:
-                besides = sum(each.nbytes for each in theirs if all(each is not one for one in mine))
-                row[key] = peak_bytes(side, [*weights, *mine], self.device, besides)
-        return best, own
-
-    def _recording(self, row: dict[str, Any]) -> bool:
-        if not self.graphs:
-            mark_eager(row)
-        return self.graphs
-
-    def _replaces_attention(self) -> bool:
-        """A method that leaves attention alone runs under the best dense kernel too."""
-        before = self.adapter.text.config._attn_implementation
-        with self.method.attach(self.adapter):
-            return bool(self.adapter.text.config._attn_implementation != before)
-
-    # -- prompts and what is outside the layers -----------------------------------------------------------------------------
-
-    def _prompts(self) -> tuple[tuple[Prompt, Prompt], Trace]:
-        """The made-up prompt, and the one made of the frames that the method leaves."""
-        trace = Trace(sample_id="bench")
-        less = after_clip(self.method, self.shape, frames_per_unit(self.adapter), trace)
-        prompt = embedded(self.adapter, self.shape, self.seed)
-        return (prompt, prompt if less == self.shape else embedded(self.adapter, less, self.seed)), trace
-
-    def _prepared(self, row: dict[str, Any], prompt: Prompt, trace: Trace) -> Prompt:
-        """The prompt as the method leaves it, its time in `index_s`."""
-        left, row["index_s"] = prepared(self.method, prompt, trace, Clock(self.device))
-        if not trace.applied:
-            add_note(row, f"nothing to do: {trace.reason}")
-        return left
-
-    def _rest(self, side: Side, make: Make | None = None) -> float:
-        """Seconds of the same call without any layer: what the method plans, embedding, masks, norm and head."""
-
-        @contextmanager
-        def around() -> Iterator[Any]:
-            with side.around() as entered, _without_layers(self.adapter):  # attached while the layers are there
-                yield entered
-
-        rest, clock = recorded(replace(side, around=around), make), Clock(self.device)
-        rest.seconds(clock)
-        return median(rest.seconds(clock) for _ in range(REST_REPEATS))
-
-    def _add_whole(self, row: dict[str, Any], dense_rest: float, own_rest: float) -> None:
-        """Layers are alike: the whole model takes the rest once and the layers' time as often as it has layers."""
-        times = row["model_layers"] / row["layers"]
-        for key, rest in (("dense", dense_rest), ("method", own_rest)):
-            if (seconds := row[f"{key}_s"]) is not None:
-                row[f"whole_{key}_s"] = rest + max(0.0, seconds - rest) * times
-
-    def _decode_cost(self, keys: int) -> cost.Cost:
-        shapes, size = self.adapter.shapes, self.dtype.itemsize
-        each = [cost.decode(keys + step + 1, shapes, size) for step in range(self.steps)]
+    def _decode_cost(self, works: list[Work]) -> cost.Cost:
+        """Of all steps."""
+        each = [cost.decode(work, self.adapter.shapes, self.dtype.itemsize) for work in works]
         return cost.Cost(sum(one.flops for one in each), sum(one.bytes for one in each))
-
-
-@contextmanager
-def _without_layers(adapter: ModelAdapter) -> Iterator[None]:
-    """The language model with its layers taken out; caches keep their number of layers."""
-    text, layers = adapter.text, adapter.text.layers
-    text.layers = nn.ModuleList()
-    adapter.new_cache = partial(new_cache, len(layers))  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        text.layers = layers
-        del adapter.new_cache
 
 
 def _fresh(trace: Trace) -> Trace:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-from vlmbench.bench import add_note, close_row
+from vlmbench.bench_row import add_note, close_row
 from vlmbench.errors import RunError
 from vlmbench.graphs import NotRecordedError
 from vlmbench.rounds import Clock, Side, fastest, out_of_memory, race
@@ -35,16 +35,33 @@ def contest(
     make: Make | None,
     *,
     own_kernel: bool,
+    brief: Make | None = None,
+    in_order: bool = False,
 ) -> tuple[Side | None, Side]:
     """Put the rounds into the row. Returns both sides as they run unrecorded; nothing recorded is left.
 
-    Where `make` cannot record a side it runs as it is, and the row is marked ``eager``. A method without a kernel of its own
-    (`own_kernel`) runs under the best dense one. Raises `RunError` when there are dense sides and none runs here.
+    Where `make` cannot record a side it runs as it is, and the row is marked ``eager``; where it cannot record the dense one,
+    both do. A method without a kernel of its own
+    (`own_kernel`) runs under the best dense one. `brief` records less of the same, for finding the fastest dense side; with
+    `in_order` the first that runs is taken for it. Raises `RunError` when there are dense sides and none runs here.
     """
-    best, seconds, refused = fastest({name: recorded(each, make) for name, each in dense.items()}, clock)
+    shorter = brief or make
+    best, seconds, refused = fastest(
+        {name: recorded(each, shorter) for name, each in dense.items()}, clock, in_order=in_order
+    )
+    why = None
     if make and dense and best is None and not _no_memory(refused):
-        mark_eager(row, f"dense attention was not recorded: {next(iter(refused.values()))}")
+        why = next(iter(refused.values()))
         best, seconds, refused = fastest(dense, clock)
+    elif best is not None and brief is not None:
+        best = recorded(dense[best.name], make)
+        try:
+            best.ready(None)  # now, while the method is not there
+        except NotRecordedError as error:
+            best, why = dense[best.name], str(error)
+    if why:  # a recorded method would have it too easy, and would stay attached while dense runs as it is
+        mark_eager(row, f"dense attention was not recorded: {why}")
+        make = None
     if dense and best is None and not _no_memory(refused):
         raise RunError(f"No dense attention kernel runs here ({'; '.join(refused.values())}).")
     plain = dense[best.name] if best else None
@@ -52,7 +69,7 @@ def contest(
         own = replace(own, around=partial(_both, plain.around, own.around))
     with ExitStack() as stack:
         run = race(best, _recorded_or_plain(row, own, make, stack), rounds, clock)
-    close_row(row, run, best, seconds, refused)
+    close_row(row, run, seconds, refused)
     return plain, own
 
 

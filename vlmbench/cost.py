@@ -50,8 +50,7 @@ def prefill(work: Work, shapes: Shapes, size: int, batch: int = 1) -> Cost:
     return Cost(batch * works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + batch * own)
 
 
-def decode(keys: int, shapes: Shapes, size: int) -> Cost:
-    """One generated token that sees `keys` keys, its own included, in every layer."""
-    layers = shapes.layers
-    one = Work((1,) * layers, (keys,) * layers, (shapes.intermediate,) * layers)
-    return Cost(works.flops(one, shapes), weight_bytes(shapes, size) + kv_bytes(keys, shapes, size))
+def decode(work: Work, shapes: Shapes, size: int) -> Cost:
+    """One generated token (`Method.decode_work`): weights of the neurons that it uses, and the keys that it sees."""
+    keys = 2 * shapes.kv_heads * shapes.head_dim * size * sum(work.pairs)
+    return Cost(works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + keys)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AutoModelForImageTextToText
+from transformers import AttentionInterface
 
 from vlmbench.cost import Cost
 from vlmbench.live import LiveStorages
@@ -62,14 +62,17 @@ def _without_storage(tensor: Tensor) -> Tensor:
 def model_without_storage(config: Any, dtype: torch.dtype) -> ModelAdapter:
     """The adapter of a configuration; it has shapes, and no weights and no processor."""
     config = deepcopy(config)
+    family = family_of(config.model_type)
+    for each in (config, config.vision_config):
+        each._attn_implementation = "eager"  # which every class knows; the attention is stood in for
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with META:
-            model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+            model = family.model_class(config)(config)
     finally:
         torch.set_default_dtype(before)
-    return family_of(config.model_type)(model, None)
+    return family(model, None)
 
 
 def weights(adapter: ModelAdapter) -> list[Tensor]:
@@ -86,9 +89,7 @@ def vision(adapter: ModelAdapter, inputs: Inputs) -> Stage:
     with counter, _Followed([*weights(adapter), *pixels]) as live:
         features = adapter.encode_vision(moved)
     found = tuple(each for each in features if each is not None)
-    text = {id(each) for part in (adapter.text, adapter.model.lm_head) for each in part.parameters()}
-    tower = [each for each in adapter.model.parameters() if id(each) not in text]
-    moved_bytes = sum(each.numel() * each.element_size() for each in (*tower, *pixels, *found))
+    moved_bytes = sum(each.numel() * each.element_size() for each in (*adapter.tower_parameters(), *pixels, *found))
     return Stage(Cost(counter.get_total_flops(), moved_bytes), live.peak)
 
 

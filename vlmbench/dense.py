@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlmbench.rounds import Clock, Side, fastest
+
 SCORES_LIMIT = 2**28
 """Bytes of N² scores above which the kernel that writes them down is left out."""
+RANKED = 2**18
+"""Tokens above which kernels are not each timed: at a million one call takes ten seconds and more."""
 
 
 def backends(device: torch.device, score_bytes: int) -> list[SDPBackend]:
@@ -40,6 +44,26 @@ def only(backend: SDPBackend) -> Callable[[], AbstractContextManager[Any]]:
 def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``."""
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sides(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Side]:
+    """Every causal kernel that may take these tensors. The matmul one only where its N² scores are small."""
+    found = {
+        label(backend): Side(label(backend), lambda _: causal_sdpa(q, k, v), around=only(backend))
+        for backend in backends(q.device, q.shape[1] * q.shape[2] ** 2 * 4)
+    }
+    if q.device.type == "cuda":
+        flex = Flex()
+        found["flex"] = Side("flex", lambda _: flex(q, k, v), lambda _: flex.prepare(q.shape[2], q.device))
+    return found
+
+
+def ranked(q: Tensor, k: Tensor, v: Tensor, clock: Clock) -> tuple[list[Side], dict[str, float], dict[str, str]]:
+    """`sides` that run, the fastest first, as `fastest` times them; at `RANKED` tokens where they are more."""
+    all_of_it = sides(q, k, v)
+    tried = all_of_it if q.shape[2] <= RANKED else sides(*(x[:, :, :RANKED] for x in (q, k, v)))
+    _, seconds, refused = fastest(tried, clock)
+    return [all_of_it[name] for name in sorted(seconds, key=lambda name: seconds[name])], seconds, refused
 
 
 class Flex:

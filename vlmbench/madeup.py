@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from vlmbench.models.base import ModelAdapter
     from vlmbench.trace import Trace
 
-PREFIX, SUFFIX = 14, 60
-"""Text tokens before and after the video in every made-up prompt (the fixed workloads' numbers)."""
+PREFIX = 14
+"""Text tokens before the video in every made-up prompt, where there are so many; the others are behind it."""
+TEXT = 74
+"""Text tokens of a prompt, unless told otherwise (the number of most fixed workloads)."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Shape:
     batch: int = 1
     name: str | None = None
     """The preset that heads and dimensions are of."""
+    text_tokens: int = TEXT
 
     def __post_init__(self) -> None:
         """Raises `UsageError`."""
-        for field in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim", "batch"):
+        for field in ("frames", "frame_tokens", "heads", "kv_heads", "head_dim", "batch", "text_tokens"):
             if getattr(self, field) < 1:
                 raise UsageError(f"--{field.replace('_', '-')} must be at least 1, not {getattr(self, field)}.")
         if self.heads % self.kv_heads:
@@ -47,7 +50,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        return PREFIX + self.frames * self.frame_tokens + SUFFIX
+        return self.frames * self.frame_tokens + self.text_tokens
+
+    @property
+    def prefix(self) -> int:
+        """Text tokens before the video; at least one is left behind it."""
+        return min(PREFIX, self.text_tokens - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -57,10 +65,11 @@ class Shape:
 
     def layout(self) -> TokenLayout:
         """Text, frames, text."""
-        stop = PREFIX + self.frames * self.frame_tokens
-        spans = [Span("text", 0, PREFIX)]
+        prefix = self.prefix
+        stop = prefix + self.frames * self.frame_tokens
+        spans = [Span("text", 0, prefix)] if prefix else []
         for frame in range(self.frames):
-            start = PREFIX + frame * self.frame_tokens
+            start = prefix + frame * self.frame_tokens
             spans.append(Span("video", start, start + self.frame_tokens, 0, frame, self.grid))
         return TokenLayout((*spans, Span("text", stop, self.tokens)))
 
@@ -85,6 +94,7 @@ def shapes(
     kv_heads: int = 1,
     head_dim: int = 1,
     batch: int = 1,
+    text_tokens: int = TEXT,
 ) -> list[Shape]:
     """The shapes that the options name: one, or one for each prompt length in ``N/N``. Raises `UsageError`."""
     if preset is not None:
@@ -94,15 +104,15 @@ def shapes(
         if preset not in PRESETS:
             raise UsageError(f"No preset is called {preset!r}.{nearest(preset, PRESETS)}")
         heads, kv_heads, head_dim = head_shape(preset)
-    one = Shape(frames, frame_tokens, heads, kv_heads, head_dim, batch, preset)
+    one = Shape(frames, frame_tokens, heads, kv_heads, head_dim, batch, preset, text_tokens)
     if tokens is None:
         return [one]
     found = []
     for text in tokens.split("/"):
-        least = PREFIX + SUFFIX + one.frame_tokens
+        least = one.text_tokens + one.frame_tokens
         if not text.isdigit() or int(text) < least:
             raise UsageError(f"--tokens must be numbers of at least {least} with / between them, not {tokens!r}.")
-        found.append(replace(one, frames=(int(text) - PREFIX - SUFFIX) // one.frame_tokens))
+        found.append(replace(one, frames=(int(text) - one.text_tokens) // one.frame_tokens))
     return found
 
 

@@ -20,6 +20,8 @@ from vlmbench.cards import Card
 from vlmbench.errors import UsageError
 from vlmbench.layout import Prompt, TokenLayout
 from vlmbench.madeup import Shape, after_clip, bare, frames_per_unit
+from vlmbench.method import one_token
+from vlmbench.models.catalogue import FRAME_TOKENS
 from vlmbench.spec import nearest, params_of
 from vlmbench.trace import Trace
 
@@ -41,13 +43,19 @@ def plan(
 
     if not method.traits.uses_model:
         raise UsageError(f"{method.name} never calls the model, so there is nothing to plan.")
+    if "weights" in method.traits.takes:
+        raise UsageError(
+            f"{method.name} keeps weights in another form or place, which plan does not count; plan what it is joined with."
+        )
     if new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1, not {new_tokens}.")
     found = find(card)
     adapter = counted.model_without_storage(config_of(model), dtype)
+    adapter.check_prompted()
     method.check(adapter)
     if adapter.fixed_resolution:
-        shape = replace(shape, frame_tokens=adapter._tokens_per_frame)  # type: ignore[attr-defined]
+        own: int = adapter._tokens_per_frame  # type: ignore[attr-defined]
+        shape = replace(shape, frame_tokens=FRAME_TOKENS.get(model.partition("@")[0], own))
     trace = Trace(sample_id="plan")
     less = after_clip(method, shape, frames_per_unit(adapter), trace)
     rows = stages(adapter, method, less.layout(), made_up_inputs(adapter, less), found, new_tokens, trace)
@@ -87,11 +95,15 @@ def stages(
     prompt = method.prepare(bare(layout), trace)
     work = method.work(prompt, shapes, trace)
     peak, left = counted.prefill_peak(adapter, _empty(adapter, prompt), new_tokens)
+    # What a method does not know of its decoding counts as all of it.
+    last = method.decode_work(prompt, shapes, trace, new_tokens - 2, size) or one_token(
+        prompt.length + new_tokens - 1, shapes
+    )
     costs = {
         "vision": (seen.cost, seen.peak_bytes),
-        "prefill": (cost.prefill(work, shapes, size), peak),
+        "prefill": (cost.prefill(work, shapes, size), peak + last.own_bytes),
         # The last of the decoded tokens, which sees most.
-        "decode": (cost.decode(prompt.length + new_tokens - 1, shapes, size), left),
+        "decode": (cost.decode(last, shapes, size), left + last.own_bytes),
     }
     flops_per_s = card.rate(adapter.dtype)
     whole_peak = max(peak for _, peak in costs.values())

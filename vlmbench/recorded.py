@@ -1,17 +1,20 @@
-"""Greedy decoding and the vision tower, recorded once and replayed: what a library that hides its launches would do.
+"""Greedy decoding, the vision tower and a short prefill, recorded once and replayed: what a library that hides its launches
+would do.
 
 Each recording is compared with the call that it stands for, on other inputs than it was made with, before it is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from vlmbench.chunked import PATCHES
 from vlmbench.graphs import NotRecordedError, Recorded, Recorder
@@ -20,6 +23,7 @@ from vlmbench.patch import Patcher
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
+    from vlmbench.layout import Prompt
     from vlmbench.models.base import Inputs, ModelAdapter
 
 CLOSE = 1e-2
@@ -66,6 +70,24 @@ class Tower:
         self.recorded.replay()
 
 
+@dataclass(frozen=True)
+class Prefill:
+    """A prefill of a prompt whose tensors stay where they are; what a method prepares is made anew and copied into them."""
+
+    prepare: Callable[[], Prompt]
+    held: Prompt
+    recorded: Recorded
+
+    def restart(self) -> None:
+        """Nothing: the cache is made inside."""
+
+    def run(self) -> None:
+        for ours, theirs in zip(_tensors(self.held), _tensors(self.prepare()), strict=True):
+            if ours is not theirs:
+                ours.copy_(theirs)
+        self.recorded.replay()
+
+
 def decoding(adapter: ModelAdapter, recorder: Recorder, filled: Filled, steps: int) -> Decoding:
     """Record `steps` tokens behind a filled cache. Raises `NotRecordedError`."""
     cache, token, position = filled
@@ -109,15 +131,38 @@ def tower(adapter: ModelAdapter, recorder: Recorder, inputs: Inputs) -> Tower:
     return Tower(inputs, recorded)
 
 
+def prefill(
+    adapter: ModelAdapter, recorder: Recorder, prepare: Callable[[], Prompt], run: Callable[[Prompt], Tensor]
+) -> Prefill:
+    """Record `run` on what `prepare` gives. Raises `NotRecordedError`."""
+    held = prepare()
+    with without_masks(adapter):
+        run(held)
+        recorded = recorder.record(lambda: run(held))
+    for what in ("negative", "the same"):
+        held.embeds.neg_()
+        recorded.replay()
+        _compare(recorded.result, run(held), f"a prefill of {what} embeddings")
+    return Prefill(prepare, held, recorded)
+
+
+def _tensors(prompt: Prompt) -> list[Tensor]:
+    return [each for each in tree_leaves([prompt.embeds, prompt.positions, prompt.extras]) if isinstance(each, Tensor)]
+
+
 @contextmanager
 def without_masks(adapter: ModelAdapter) -> Iterator[None]:
-    """A single query sees every key that is held and needs no mask.
+    """A single query sees every key that is held, and a whole prompt the keys before each query: neither needs a mask.
 
     While a stream is captured transformers makes one all the same (5.17: `is_tracing`), and SDPA then leaves its fast kernels.
     """
-    masks = dict.fromkeys(adapter.text.config.layer_types)
+    text, kinds = adapter.text, getattr(adapter.text.config, "layer_types", None)
     with Patcher(adapter) as patch:
-        patch.pre(adapter.text, lambda module, args, kwargs: (args, {**kwargs, "attention_mask": masks}))
+        if kinds is None:  # Llama makes one for all layers and takes none ready-made
+            patch.attr(sys.modules[type(text).__module__], "create_causal_mask", lambda *args, **kwargs: None)
+        else:
+            masks = dict.fromkeys(kinds)
+            patch.pre(text, lambda module, args, kwargs: (args, {**kwargs, "attention_mask": masks}))
         yield
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -56,10 +57,14 @@ class Clock:
 class Race:
     """What was measured; a side that ran out of memory has no rounds and says so in `failed`."""
 
+    dense: Side | None = None
+    """The dense side that ran."""
     dense_s: list[float] = field(default_factory=list)
     method_s: list[float] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """"dense" or "method" -> what the allocator said."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Dense sides that another one stands in for, and what they said."""
 
     @property
     def ratios(self) -> list[float]:
@@ -69,38 +74,52 @@ class Race:
         return [dense / own for dense, own in zip(self.dense_s, self.method_s, strict=True)]
 
 
-def race(dense: Side | None, own: Side, rounds: int, clock: Clock) -> Race:
-    """`WARMUP` rounds that do not count and `rounds` that do; a side that runs out of memory leaves the race."""
-    found = Race()
+def race(dense: Side | None, own: Side, rounds: int, clock: Clock, instead: Sequence[Side] = ()) -> Race:
+    """`WARMUP` rounds that do not count and `rounds` that do; a side that runs out of memory leaves the race.
+
+    The first of `instead` takes the place of a dense side that refuses in the warm-up: a kernel that was the fastest on a
+    shorter prompt may not take a long one.
+    """
+    found, left = Race(dense=dense), list(instead)
     into = {"dense": found.dense_s, "method": found.method_s}
     sides = {"method": own} | ({"dense": dense} if dense else {})
     for turn in range(WARMUP + rounds):
         for key in sorted(sides, reverse=bool(turn % 2)):
-            if key in found.failed:
-                continue
-            try:
-                into[key].append(sides[key].seconds(clock))
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                found.failed[key] = first_line(error)
-                into[key].clear()
-                release()
+            while key not in found.failed:
+                try:
+                    into[key].append(sides[key].seconds(clock))
+                    break
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        found.failed[key] = first_line(error)
+                        into[key].clear()
+                    elif key == "dense" and left and turn < WARMUP:
+                        found.refused[sides[key].name] = first_line(error)
+                        found.dense = sides[key] = left.pop(0)
+                    else:
+                        raise
+                    release()
     for seconds in into.values():
         del seconds[:WARMUP]
     return found
 
 
-def fastest(sides: Mapping[str, Side], clock: Clock) -> tuple[Side | None, dict[str, float], dict[str, str]]:
+def fastest(
+    sides: Mapping[str, Side], clock: Clock, *, in_order: bool = False
+) -> tuple[Side | None, dict[str, float], dict[str, str]]:
     """The fastest side that runs here, the seconds of each after a warm-up, and why the others did not run.
 
-    A side that is far behind is timed once: at a million tokens that is a minute.
+    A side that is far behind is timed once: at a million tokens that is a minute. With `in_order` the first that runs is
+    taken, and its one call is the only one.
     """
     seconds: dict[str, float] = {}
     refused: dict[str, str] = {}
     for name, side in sides.items():
         try:
-            side.seconds(clock)
+            once = side.seconds(clock)
+            if in_order:
+                seconds[name] = once
+                break
             seconds[name] = once = side.seconds(clock)
             if once < FAR * min(seconds.values()):
                 seconds[name] = median((once, side.seconds(clock)))
@@ -118,14 +137,16 @@ def fastest(sides: Mapping[str, Side], clock: Clock) -> tuple[Side | None, dict[
 def peak_bytes(side: Side, known: list[Tensor], device: torch.device, besides: int = 0) -> int:
     """Most bytes held while `side` runs, `known` tensors (weights, inputs) included, without `besides` that are another's."""
     with side.around() as entered:
-        given = side.ready(entered)
         if device.type == "cuda":
+            given = side.ready(entered)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             side.call(given)
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - besides
         with LiveStorages(known) as live:
+            given = side.ready(entered)  # what it makes and keeps (a cache, copied weights) is held while the call runs
+            live.restart_peak()
             side.call(given)
         return live.peak
 
@@ -136,8 +157,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Hand the allocator's unused blocks back after a failure."""
+    """Hand back what nothing needs any more: models in cycles of references first, then the allocator's unused blocks."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
