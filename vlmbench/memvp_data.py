@@ -41,6 +41,8 @@ class Question(NamedTuple):
     media: int
     """Row of `Material.pictures`."""
     cluster: str
+    id: str = ""
+    """Of the sample."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def collect(fitting: Fitting, *, cached: bool) -> Material:
         answer = adapter.processor.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]
         ended = torch.tensor([*answer, end_of_answer(adapter)], device=adapter.device)
         bare = replace(prompt, embeds=prompt.embeds[..., :0])
-        found.append(Question(bare, inputs["input_ids"][0], ended, len(pictures) - 1, sample.cluster))
+        found.append(Question(bare, inputs["input_ids"][0], ended, len(pictures) - 1, sample.cluster, sample.id))
         digest.update(json.dumps([sample.id, asked.question, sample.answer]).encode())
     progress.finish()
     if not found:

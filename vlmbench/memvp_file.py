@@ -22,10 +22,13 @@ from torch import Tensor
 
 from vlmbench.artefact import ORIGIN, candidates, fit_line, refuse_weights
 from vlmbench.errors import UsageError
+from vlmbench.loaded import texts
 from vlmbench.memvp_memory import MemoryShape, VisualMemory
+from vlmbench.spec import params_of, parse
 
 if TYPE_CHECKING:
     from vlmbench.backend import Identity
+    from vlmbench.suite import Suite
 
 SCHEMA = 1
 KEY = "vlmbench"
@@ -86,6 +89,17 @@ class Trained:
             made = VisualMemory(self.shape, scale=self.scale, weight=self.weight)
         made.load_state_dict(dict(self.tensors), assign=True)
         return made.eval().requires_grad_(False)
+
+    def begin(self, memory: VisualMemory, path: str) -> None:
+        """Put f, p^k and p^v into a memory of these sizes; its codes of frames stay. Raises `UsageError`."""
+        for name in ("size", "hidden", "slots"):
+            wanted, found = getattr(memory.shape, name), getattr(self.shape, name)
+            if wanted != found:
+                raise UsageError(
+                    f"{METHOD}:start={path} has {name}={found}, and what is to be trained {wanted}; name another."
+                )
+        own = {name: tensor for name, tensor in self.tensors.items() if name.startswith(("projector.", "p_"))}
+        memory.load_state_dict(own, strict=False)
 
     def write(self, path: Path) -> None:
         """Replace the file atomically. Raises `OSError`."""
@@ -148,16 +162,30 @@ def read(path: str) -> Trained:
     return found
 
 
-def find(weights_hash: str, suite: str) -> Path | None:
-    """A shipped file, or one in the user's cache, that was trained beside these weights on this suite."""
+def find(weights_hash: str, suite: Suite) -> tuple[Path | None, dict[Path, str]]:
+    """A shipped file, or one in the user's cache, that was trained beside these weights on this suite; and the others.
+
+    Whatever the file's suite names (a length, a type) must be so in `suite`, which may name more. The one that names most
+    is taken, and before others one that saw every frame. The others were trained beside these weights on the same suite
+    with other parameters: path to how it was named.
+    """
+    own = texts(params_of(suite))
+    fitting: list[tuple[int, bool, Path]] = []
+    others: dict[Path, str] = {}
     for path in candidates(f"{METHOD}-*.safetensors"):
         try:
             header = _header(path)
-        except (OSError, ValueError, SafetensorError):
+            trained_on = parse(str(header.get("suite")))
+        except (OSError, ValueError, SafetensorError, UsageError):
             continue  # somebody's broken file in the cache is no reason to stop
-        if header.get("weights_hash") == weights_hash and str(header.get("suite")).partition(":")[0] == suite:
-            return path
-    return None
+        if header.get("weights_hash") != weights_hash or trained_on.name != suite.name:
+            continue
+        if trained_on.params.items() <= own.items():
+            fitting.append((-len(trained_on.params), header.get("frames") is not None, path))
+        else:
+            others[path] = str(trained_on)
+    best = min(fitting, key=lambda each: each[:2], default=None)
+    return (None if best is None else best[2]), others
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from vlmbench import header
 from vlmbench.errors import RunError
 from vlmbench.memvp_data import Material, collect
 from vlmbench.memvp_file import Trained
+from vlmbench.memvp_learner import MemoryLearner
 from vlmbench.memvp_prompt import units_of
-from vlmbench.memvp_train import BASE_LR, BATCH, EPOCHS, MemoryLearner, NotFinite, Recipe, Trainer
+from vlmbench.memvp_train import BASE_LR, BATCH, EPOCHS, NotFinite, Recipe, Trainer
+from vlmbench.methods.memvp import Memvp
 
 if TYPE_CHECKING:
     from vlmbench.fitting import Fitting
     from vlmbench.memvp_memory import VisualMemory
-    from vlmbench.methods.memvp import Memvp
 
 
 def fit(method: Memvp, fitting: Fitting) -> Trained:
@@ -53,7 +54,7 @@ def identity_of(fitting: Fitting, material: Material, memory: VisualMemory) -> s
     model = session.backend.identity
     computed = (model.weights_hash, model.dtype, model.attention)
     shown = (session.sampler, session.frames, session.fps, session.decoder_name, request.max_pixels, request.min_pixels)
-    return repr((computed, material.data_hash, shown, shape, memory.scale))
+    return repr((computed, material.data_hash, shown, shape, memory.scale, *_begun(fitting).values()))
 
 
 def trained(trainer: Trainer, fitting: Fitting, material: Material, memory: VisualMemory, seconds: float) -> Trained:
@@ -64,6 +65,7 @@ def trained(trainer: Trainer, fitting: Fitting, material: Material, memory: Visu
         "optimizer": "AdamW, linear warm-up, cosine to 0",
         "step": trainer.step,
     }
+    recipe |= _begun(fitting)
     return Trained(
         shape=memory.shape,
         scale=memory.scale,
@@ -92,6 +94,12 @@ def trained(trainer: Trainer, fitting: Fitting, material: Material, memory: Visu
             "threads": torch.get_num_threads(),
         },
     )
+
+
+def _begun(fitting: Fitting) -> dict[str, str]:
+    """The file that training began with, if any."""
+    method = fitting.method
+    return {"start": method.started.digest} if isinstance(method, Memvp) and method.started else {}
 
 
 def _rescued(trainer: Trainer, fitting: Fitting, material: Material, memory: VisualMemory) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from vlmbench.layout import Prompt
 from vlmbench.memvp_data import Material, Question
-from vlmbench.memvp_train import Learner, MemoryLearner
+from vlmbench.memvp_learner import Learner, MemoryLearner
 
 if TYPE_CHECKING:
     from vlmbench.models.base import ModelAdapter
@@ -66,9 +66,15 @@ class LoraLearner(Learner):
 class BothLearner(MemoryLearner):
     """MemVP, and low-rank updates of what reads it."""
 
-    def __init__(self, adapter: ModelAdapter, material: Material, memory: Any, lora: Lora) -> None:
+    def __init__(
+        self, adapter: ModelAdapter, material: Material, memory: Any, lora: Lora, lora_rate: float = 1.0
+    ) -> None:
+        """`lora_rate` is the learning rate of the updates over the memory's."""
         super().__init__(adapter, material, memory)
-        self._lora = lora
+        self._lora, self._lora_rate = lora, lora_rate
+
+    def rate(self, name: str) -> float:
+        return self._lora_rate if name in self._lora.parameters else 1.0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -198,15 +198,20 @@ class VisualMemory(nn.Module):
         )
         seen = present[..., None].to(self.p_k.dtype)
         projected = seen * self.weight * self.projector(features.to(self.p_k.dtype))
-        keys, values = projected + self.p_k[row], projected + self.p_v[row]
+        own_k, own_v = self.p_k[row], self.p_v[row]
         if len(self.unit_k):
-            keys, values = keys + seen * self.unit_k[unit], values + seen * self.unit_v[unit]
+            own_k, own_v = own_k + seen * self.unit_k[unit], own_v + seen * self.unit_v[unit]
+        keys, values = self.entries(projected, own_k, own_v)
         scale = self.scale * VISUAL_SLOTS / seen.sum(1, keepdim=True).clamp(min=VISUAL_SLOTS)
         mask = None
         if any(len(each.row) < most for each in samples):
             lengths = torch.tensor([len(each.row) for each in samples], device=row.device)
             mask = torch.arange(most, device=row.device) < lengths[:, None]
         return Memory(keys, scale * values, mask)
+
+    def entries(self, seen: Tensor, own_k: Tensor, own_v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V ``[B, E, d]`` of what is seen in a slot, λ f(z), and of the slot's own vectors."""
+        return seen + own_k, seen + own_v
 
 
 def _padded(part: Tensor, most: int) -> Tensor:

@@ -13,9 +13,8 @@ import math
 import os
 import pickle
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,15 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmbench.errors import RunError, UsageError
-from vlmbench.layout import Prompt
-from vlmbench.memvp_data import Material, Question, Taught, teach
-from vlmbench.memvp_memory import Memory, Slots, VisualMemory, lay_out
-from vlmbench.memvp_prompt import add_memory, text_alone, text_tokens, units_of
-from vlmbench.patch import Patcher
+from vlmbench.live import LiveStorages
+from vlmbench.memvp_data import Question
+from vlmbench.memvp_learner import Learner
 from vlmbench.rounds import Clock
 
 if TYPE_CHECKING:
-    from vlmbench.models.base import ModelAdapter
     from vlmbench.progress import Progress
 
 BATCH = 32
@@ -72,78 +68,6 @@ class Recipe:
         return max(1, self.steps // CHECKS)
 
 
-class Learner(ABC):
-    """What is trained beside a frozen language model, and how it reads a question."""
-
-    def __init__(self, adapter: ModelAdapter, material: Material) -> None:
-        self.adapter, self.material = adapter, material
-
-    @property
-    @abstractmethod
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, in float32."""
-
-    @abstractmethod
-    def attached(self) -> AbstractContextManager[Any]:
-        """The model with what is trained on it."""
-
-    @abstractmethod
-    def prompts(self, questions: Sequence[Question]) -> list[Prompt]:
-        """What the language model reads; called before every pass."""
-
-    @abstractmethod
-    def train(self, mode: bool) -> None:
-        """Dropout on or off."""
-
-    def teach(self, questions: Sequence[Question]) -> Taught:
-        return teach(self.adapter, self.prompts(questions), [question.answer for question in questions])
-
-
-class MemoryLearner(Learner):
-    """MemVP: the text alone is read, and the picture is memory."""
-
-    def __init__(self, adapter: ModelAdapter, material: Material, memory: VisualMemory) -> None:
-        super().__init__(adapter, material)
-        self.memory = memory
-        self._held: Memory | None = None
-        self._slots: dict[int, Slots] = {}
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.memory.named_parameters())
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        with Patcher(self.adapter) as patch:
-            add_memory(patch, self.memory, lambda: self._held)
-            yield
-
-    def train(self, mode: bool) -> None:
-        self.memory.train(mode)
-
-    def prompts(self, questions: Sequence[Question]) -> list[Prompt]:
-        self._held = None  # what was held is of another batch, and the tower must not read it
-        self._held = self.memory([self._slots_of(question) for question in questions])
-        embed = self.adapter.model.get_input_embeddings()
-        found = []
-        for question in questions:
-            keep = text_tokens(question.prompt).to(question.ids.device)
-            text = text_alone(question.prompt)
-            found.append(dataclasses.replace(text, embeds=embed(question.ids[None, keep])))
-        return found
-
-    def _slots_of(self, question: Question) -> Slots:
-        """Laid out once a picture, unless the tower is trained too."""
-        if question.media in self._slots:
-            return self._slots[question.media]
-        prompt = self.material.whole(self.adapter, question)
-        shape = self.memory.shape
-        slots = lay_out(units_of(prompt), shape.slots, shape.units, prompt.embeds)
-        if not shape.vision_blocks:
-            self._slots[question.media] = slots
-        return slots
-
-
 class Trainer:
     """Trains a learner in the steps of a recipe; `path` holds everything to go on from."""
 
@@ -153,10 +77,18 @@ class Trainer:
         self._key = json.dumps([identity, dataclasses.asdict(recipe)], sort_keys=True)
         self.step, self.seconds = 0, 0.0
         self.curve: list[dict[str, Any]] = []
-        matrices = [p for p in learner.parameters.values() if p.dim() > 1]
-        vectors = [p for p in learner.parameters.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=recipe.betas)
+        groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+        for name, parameter in learner.parameters.items():
+            groups.setdefault((parameter.dim() <= 1, learner.rate(name)), []).append(parameter)
+        decays = (recipe.weight_decay, 0.0)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": own, "weight_decay": decays[vector], "rate": rate}
+                for (vector, rate), own in sorted(groups.items(), key=lambda group: group[0])
+            ],
+            lr=recipe.lr,
+            betas=recipe.betas,
+        )
         if path.exists():
             self.reload()
 
@@ -192,7 +124,7 @@ class Trainer:
     def _step(self) -> float:
         recipe = self.recipe
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr_at(self.step)
+            group["lr"] = recipe.lr_at(self.step) * group["rate"]
         with torch.random.fork_rng():
             torch.manual_seed(recipe.seed * 1_000_003 + self.step)
             loss = self.learner.teach(self._batch()).loss
@@ -212,20 +144,32 @@ class Trainer:
         self.step += 1
         return seconds
 
+    def step_bytes(self) -> int:
+        """Most bytes that one more step holds beside weights, pictures, what is trained and its moments."""
+        learner = self.learner
+        pictures = [each for each in learner.material.pictures if isinstance(each, Tensor)]
+        moments = [
+            each for state in self.optimizer.state.values() for each in state.values() if isinstance(each, Tensor)
+        ]
+        known = [*learner.adapter.model.parameters(), *learner.adapter.model.buffers()]
+        with frozen(learner.adapter.model, learner.parameters.values()), learner.attached():
+            learner.train(True)
+            with LiveStorages([*known, *learner.parameters.values(), *pictures, *moments]) as live:
+                before = live.current
+                self._step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return live.peak - before
+
     def _batch(self) -> list[Question]:
         """Every question once an epoch, in an order of seed and epoch."""
         questions, recipe = self.learner.material.questions, self.recipe
         at = [divmod(self.step * recipe.batch + i, len(questions)) for i in range(recipe.batch)]
         return [questions[_order(recipe.seed, epoch, len(questions))[index]] for epoch, index in at]
 
-    @torch.no_grad()
     def held_out(self) -> float | None:
         """Share of held-out questions whose answer is right token by token; None when there are too few videos."""
-        questions = self.learner.material.held_out
-        self.learner.train(False)
-        parts = [questions[i : i + self.recipe.batch] for i in range(0, len(questions), self.recipe.batch)]
-        right = [bool(each) for part in parts for each in self.learner.teach(part).answered(len(part))]
-        self.learner.train(True)
+        right = self.learner.answered(self.learner.material.held_out, self.recipe.batch)
         return round(fmean(right), 4) if right else None
 
     def tensors(self) -> dict[str, Tensor]:
