@@ -86,6 +86,8 @@ def test_trained_methods_have_a_band_of_their_own(filled: ResultStore) -> None:
     found = bands(only(filled, "efficiency"))
     assert found["Retain 25 visual tokens (25 %, ↓ 75 %), training-free"] == ["random", "turbo"]
     assert found["Retain 25 visual tokens (25 %, ↓ 75 %), trained"] == ["memvp"]
+    for layout in ("efficiency", "image-retention", "video-retention", "models-as-bands", "scaling"):
+        assert all("memvp" not in band or band == ["memvp"] for band in bands(only(filled, layout)).values())
 
 
 def test_the_average_is_relative_to_full_attention_and_over_all_suites(filled: ResultStore) -> None:

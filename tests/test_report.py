@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,8 @@ def test_the_columns_are_those_of_the_contract() -> None:
         "accuracy_high accuracy_delta accuracy_delta_low accuracy_delta_high mcnemar_p detectable_delta agreement "
         "first_token_match first_token_kl greedy_prefix recall video_s preprocess_s vision_s "
         f"prepare_s prefill_s ttft_s decode_s_per_token e2e_s {speedups} amdahl_prefill amdahl_e2e peak_bytes "
-        "peak_extra_bytes kv_bytes flops device dtype attention_kernel vision_attention_kernel marks"
+        "peak_extra_bytes kv_bytes flops device dtype attention_kernel vision_attention_kernel marks "
+        "n_kept_tokens vision_flops vision_dense_flops"
     )
 
 
@@ -214,13 +216,16 @@ def test_a_span_that_took_no_time_has_no_speedup(store: ResultStore) -> None:
     assert (row["speedup_vision"], row["speedup_prefill"]) == (None, 1)
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize(("n_inactive", "shown"), [(1, True), (2, False)])
 def test_no_speedup_is_shown_when_the_method_mostly_did_nothing(
-    store: ResultStore, n_inactive: int, shown: bool
+    store: ResultStore, n_inactive: int, shown: bool, joined: bool
 ) -> None:
+    """Nor when one of joined methods did nothing: the row would be the other's alone."""
     records = answered([1.0] * 10)
     for each in records[:n_inactive]:
-        each.applied = False
+        each.applied = joined
+        each.trace = {"idle": {"pevlm": "one block: equals full attention"}} if joined else None
     fill(store, [*records, *timed([scaled(BASE, 2)], [BASE])], method="turbo")
     row = table(store)["turbo"]
     assert row["n_inactive"] == n_inactive
@@ -427,3 +432,10 @@ def test_scores_of_two_scorers_are_not_compared(store: ResultStore) -> None:
         with store.reopen(views[method]) as run:
             rescore_run(run, Mended())
         assert table(store)["turbo"]["baseline"] == baseline
+
+
+def test_a_table_leaves_the_garbage_collector_as_it_found_it(tmp_path: Path) -> None:
+    frozen = gc.get_freeze_count()
+    fill(ResultStore(tmp_path), answered([1.0]))
+    rows(tmp_path)
+    assert (gc.isenabled(), gc.get_freeze_count()) == (True, frozen)

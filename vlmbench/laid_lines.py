@@ -9,6 +9,7 @@ from vlmbench.laid_out import Band, Cell, Column, Line, mean_cell
 from vlmbench.loaded import BASELINE, Loaded
 from vlmbench.record import Pass
 from vlmbench.report import REFERENCES
+from vlmbench.spec import joined
 
 Pair = tuple[Loaded, Mapping[str, Any]]
 """A run and its row in the plain table."""
@@ -17,7 +18,7 @@ _MARKED = ("below-trivial", "masked", "inactive>10%")
 
 
 def method_name(run: Loaded) -> str:
-    return f"{run.method}:{run.params}" if run.params else run.method
+    return joined(run.method, run.params)
 
 
 def methods(

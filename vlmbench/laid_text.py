@@ -12,6 +12,7 @@ from typing import Any
 from vlmbench import plain
 from vlmbench.laid_out import Cell, Column, Line, Table
 from vlmbench.record import SCHEMA
+from vlmbench.spec import joined
 from vlmbench.tables import method_text
 
 PREAMBLE = r"% needs \usepackage{booktabs,multirow} and \usepackage[table]{xcolor}"
@@ -141,7 +142,7 @@ def _latex(table: Table) -> str:
             width = len(columns) + 1
             lines.append(f"\\rowcolor{{gray!15}}\\multicolumn{{{width}}}{{c}}{{{escape(band.title)}}} \\\\")
         for line in band.lines:
-            name = escape(f"{line.method}:{line.params}" if line.params else line.method) + escape(_marks(line))
+            name = escape(joined(line.method, line.params)) + escape(_marks(line))
             lines.append(" & ".join([name, *(_latex_cell(line, column) for column in columns)]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip"]
     notes = " ".join(f"{escape(note)}." for note in table.notes)

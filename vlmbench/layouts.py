@@ -142,7 +142,7 @@ def _suite_columns(suites: Sequence[str]) -> list[Column]:
 
 
 def _models(pairs: Sequence[Pair]) -> Table:
-    """One band a model."""
+    """One band a model, and one for those of its methods that were trained."""
     suites = list(dict.fromkeys(run.suite for run, _ in pairs))
     share = Column("flops_share", "FLOPs, % of full", scale=100.0, kind="exact", better=-1)
     columns = [share, *_suite_columns(suites)]
@@ -154,7 +154,10 @@ def _models(pairs: Sequence[Pair]) -> Table:
         counts = "/".join(dict.fromkeys(f"{row['n_visual_tokens']:.0f}" for row in full))
         frames = "/".join(dict.fromkeys(str(row["frames"]) for row in full if row["frames"] is not None))
         parts = [model, f"{frames} frames" if frames else "", f"{counts} visual tokens" if counts else ""]
-        bands.append(Band(", ".join(filter(None, parts)), [line(runs, columns, places) for runs in methods(own)]))
+        lines = [line(runs, columns, places) for runs in methods(own)]
+        for kind in ("", "trained"):
+            if chosen := [each for each in lines if each.trained == bool(kind)]:
+                bands.append(Band(", ".join(filter(None, (*parts, kind))), chosen))
     return Table("models-as-bands", "Models", columns, bands, notes(pairs, columns))
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
+from vlmbench.budget import Spent, spent
 from vlmbench.record import FINISHED, SampleRecord
 from vlmbench.rescore import suite_version
 from vlmbench.spec import Spec
@@ -42,7 +43,7 @@ class Loaded:
     @property
     def params(self) -> str:
         """``key=value,…`` of the method, defaults included."""
-        return str(Spec("", texts(self.spec["method_params"]))).lstrip(":")
+        return typed(self.spec["method_params"])
 
     @property
     def group(self) -> str:
@@ -64,9 +65,19 @@ class Loaded:
         decoded = median_of(len(each.frames) for each in self.samples.values() if each.frames)
         return None if decoded is None else round(decoded)
 
+    @property
+    def mixed(self) -> bool:
+        """Whether videos of several lengths were asked about."""
+        return len({len(each.frames) for each in self.samples.values() if each.frames}) > 1
+
     @cached_property
     def n_visual_tokens(self) -> float | None:
         return median_of(each.tokens["visual"] for each in self.samples.values() if "visual" in each.tokens)
+
+    @cached_property
+    def spent(self) -> Spent | None:
+        """What the average sample of the accuracy pass cost; None of runs from before that was counted."""
+        return spent(self.accuracy.values())
 
     @cached_property
     def scores(self) -> dict[str, float]:
@@ -81,16 +92,26 @@ class Loaded:
 
     @property
     def n_inactive(self) -> int:
-        return sum(not each.applied for each in self.samples.values() if each.status in FINISHED)
+        """Samples on which the method, or one of those joined in it, had nothing to do."""
+        return sum(not each.applied or _idle(each) for each in self.samples.values() if each.status in FINISHED)
 
     @property
     def mostly_active(self) -> bool:
         return self.n_inactive <= INACTIVE_LIMIT * len(self.samples)
 
 
+def _idle(record: SampleRecord) -> bool:
+    return bool((record.trace or {}).get("idle"))
+
+
 def median_of(values: Iterable[float]) -> float | None:
     known = list(values)
     return median(known) if known else None
+
+
+def typed(params: Mapping[str, Any]) -> str:
+    """``key=value,…`` of parameters."""
+    return str(Spec("", texts(params))).lstrip(":")
 
 
 def texts(params: Mapping[str, Any]) -> dict[str, str]:

@@ -14,19 +14,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vlmbench import fidelity, significance, stats
+from vlmbench import fidelity, rivals, significance, stats
+from vlmbench.budget import TRIVIAL
 from vlmbench.errors import UsageError
 from vlmbench.loaded import BASELINE, Loaded, median_of
 from vlmbench.record import FINISHED, Timing
 from vlmbench.rescore import rescore
+from vlmbench.rivals import REFERENCES
 from vlmbench.store import ResultStore, Run, RunView
 from vlmbench.tables import COLUMNS, SPANS, Rows, notes, to_csv, to_json, to_markdown
 
 __all__ = ["COLUMNS", "Rows", "loaded_rows", "rescore", "rows", "to_csv", "to_json", "to_markdown"]
-
-REFERENCES = ("full", "blind", "prior")
-"""Rows that say what a number means; they are not held against the trivial methods."""
-TRIVIAL = ("random", "uniform", "downsample")
 
 _SPAN: dict[str, Callable[[Timing], float]] = {
     "vision": lambda timing: timing.vision_s,
@@ -53,7 +51,7 @@ def rows(source: Path | str | Sequence[RunView | Run], include_dummy: bool = Fal
     found = loaded_rows(source, include_dummy)
     own = [row for _, row in found]
     with _complete(source):
-        return Rows(own, notes([run.view for run, _ in found], own))
+        return Rows(own, [*notes([run.view for run, _ in found], own), *rivals.missing([run for run, _ in found])])
 
 
 def loaded_rows(
@@ -69,7 +67,7 @@ def loaded_rows(
 def _uncollected() -> Iterator[None]:
     """Records by the ten thousand hold no cycles; looking for some would take as long as reading them.
 
-    What lives when it ends is set aside for good, since the first allocation behind it would look through all of it.
+    What lives when it ends is moved to the oldest generation, since the first allocation behind it would look through all of it.
     """
     was = gc.isenabled()
     gc.disable()
@@ -78,6 +76,7 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
 
@@ -131,7 +130,7 @@ def _against(run: Loaded, full: Loaded | None, row: dict[str, Any]) -> dict[str,
     """Accuracy over the samples that both finished, and the bound on prefill, which takes both runs' counted work.
 
     ``amdahl_prefill`` = 1 / (1 − attention's share of full attention's prefill FLOPs), median over samples; None unless
-    the method leaves everything but attention as it is (it drops no token and no neuron).
+    the method leaves everything but attention as it is (it drops no token and no neuron, and keeps weights as they are).
     """
     if full is None:
         return {}
@@ -145,8 +144,10 @@ def _against(run: Loaded, full: Loaded | None, row: dict[str, Any]) -> dict[str,
     tested = {"mcnemar_p": significance.mcnemar(*paired), "detectable_delta": significance.detectable(*paired)}
     found: dict[str, Any] = {"n_paired": len(ids), **tested, **fidelity.fidelity(pairs)}
     bounds = []
+    traits = run.header["traits"] or {}
+    bounded = "prefill" in traits.get("stages", ()) and "weights" not in traits.get("takes", ())
     for own, other in pairs:
-        if own.work and other.work and "prefill" in (run.header["traits"] or {}).get("stages", ()):
+        if own.work and other.work and bounded:
             rest, dense_rest = (work["flops"] - work["attention_flops"] for work in (own.work, other.work))
             if rest < 0.999 * dense_rest or dense_rest <= 0:
                 return found
@@ -189,12 +190,18 @@ def _speedups(run: Loaded) -> dict[str, Any]:
 
 def _cost(run: Loaded) -> dict[str, Any]:
     recalls = [each for record in run.samples.values() if (each := fidelity.recall(record)) is not None]
+    works = [each.work for each in run.samples.values() if each.work]
     return {
         "recall": fmean(recalls) if recalls else None,
+        "n_kept_tokens": run.spent.tokens if run.spent else None,
+        "vision_flops": median_of(work["vision_flops"] for work in works if "vision_flops" in work),
+        "vision_dense_flops": median_of(work["vision_dense_flops"] for work in works if "vision_dense_flops" in work),
         "peak_bytes": max((each.peak_bytes for each in run.memory), default=None),
         "peak_extra_bytes": max((each.peak_extra_bytes for each in run.memory), default=None),
-        "kv_bytes": median_of(each.kv_bytes for each in run.memory),
-        "flops": median_of(each.work["flops"] for each in run.samples.values() if each.work),
+        "kv_bytes": median_of(
+            [each.kv_bytes for each in run.memory] or [w["kv_bytes"] for w in works if "kv_bytes" in w]
+        ),
+        "flops": median_of(work["flops"] for work in works),
     }
 
 
@@ -205,7 +212,8 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
         "below-trivial": any(_beaten_by(run, other) for other in group),
         "masked": traits.get("masked", False)
         or any((each.trace or {}).get("masked") for each in run.view.records.values()),
-        "mixed": len({len(each.frames) for each in run.samples.values() if each.frames}) > 1,
+        "dequantised": any((each.trace or {}).get("dequantised") for each in run.view.records.values()),
+        "mixed": run.mixed,
         "trained": traits.get("trained", False),
         "inactive>10%": not run.mostly_active,
     }
@@ -213,11 +221,14 @@ def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
 
 
 def _beaten_by(run: Loaded, other: Loaded) -> bool:
-    """A trivial method with no more visual tokens is more accurate, beyond the paired difference's error."""
+    """A trivial method within the budget (see `budget`) is more accurate, beyond the paired difference's error."""
     if other.method not in TRIVIAL or run.method in (*TRIVIAL, *REFERENCES):
         return False
-    if run.n_visual_tokens is None or other.n_visual_tokens is None or other.n_visual_tokens > run.n_visual_tokens:
-        return False
+    if run.spent and other.spent:
+        if not other.spent.within(run.spent):
+            return False
+    elif run.n_visual_tokens is None or other.n_visual_tokens is None or other.n_visual_tokens > run.n_visual_tokens:
+        return False  # stored before tokens were counted for each layer
     ids = sorted(run.scores.keys() & other.scores.keys())
     clusters = [run.accuracy[id_].cluster for id_ in ids]
     gap = stats.paired_delta([run.scores[id_] for id_ in ids], [other.scores[id_] for id_ in ids], clusters)

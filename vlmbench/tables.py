@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmbench import plain
 from vlmbench.record import SCHEMA
+from vlmbench.spec import joined
 from vlmbench.work import FORMULA
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ COLUMNS: tuple[str, ...] = (
     *("amdahl_prefill", "amdahl_e2e"),
     *("peak_bytes", "peak_extra_bytes", "kv_bytes", "flops"),
     *("device", "dtype", "attention_kernel", "vision_attention_kernel", "marks"),
+    *("n_kept_tokens", "vision_flops", "vision_dense_flops"),
 )
-"""Contract §4, in its order. A value that is not known is None: an empty cell in CSV, null in JSON, — in Markdown."""
+"""Contract §4, in its order; what came later stands behind.
+
+A value that is not known is None: an empty cell in CSV, null in JSON, — in Markdown."""
 
 
 class Rows(list[dict[str, Any]]):
@@ -112,12 +116,24 @@ def _speedup(span: str) -> Callable[[Row], str]:
 
 def method_text(row: Row) -> str:
     """The method as one would type it, as code in a Markdown cell."""
-    return plain.code(f"{row['method']}:{row['params']}" if row["params"] else row["method"])
+    return plain.code(joined(row["method"], row["params"] or ""))
 
 
 def _counted(row: Row) -> str:
     parts = [f"{row[name]} {word}" for name, word in (("n_failed", "failed"), ("n_inactive", "inactive")) if row[name]]
     return f"{row['n']} ({', '.join(parts)})" if parts else str(row["n"])
+
+
+def _kept(row: Row) -> str:
+    """Only where layers differ, so that it says more than `visual tokens`."""
+    kept, given = row.get("n_kept_tokens"), row["n_visual_tokens"]
+    return NOTHING if kept is None or given is None or kept > 0.995 * given else f"{kept:.0f}"
+
+
+def _tower(row: Row) -> str:
+    """FLOPs of the vision tower, of methods that change it."""
+    flops, dense = row.get("vision_flops"), row.get("vision_dense_flops")
+    return f"{flops / dense:.2f}" if flops is not None and dense else NOTHING
 
 
 _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -128,6 +144,7 @@ _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("frames", lambda row: _number(row, "frames", "d")),
     ("n", _counted),
     ("visual tokens", lambda row: _number(row, "n_visual_tokens", ".0f")),
+    ("tokens a layer", _kept),
     ("accuracy", lambda row: _interval(row, "accuracy", ".2f")),
     ("against full", lambda row: _interval(row, "accuracy_delta", "+z.2f")),
     ("p", lambda row: p_text(row["mcnemar_p"])),
@@ -146,6 +163,7 @@ _READABLE: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("peak, GiB", lambda row: _number(row, "peak_bytes", ".3g", 2**30)),
     ("KV, MiB", lambda row: _number(row, "kv_bytes", ".3g", 2**20)),
     ("prefill, GFLOPs", lambda row: _number(row, "flops", ".3g", 1e9)),
+    ("tower, of full", _tower),
     ("marks", lambda row: ", ".join(row["marks"]) or NOTHING),
 )
 _WHEN_DIFFERENT = ("device", "dtype", "attention")
@@ -153,11 +171,14 @@ _WHEN_DIFFERENT = ("device", "dtype", "attention")
 
 MARKS = {
     "cpu": "measured on a CPU: read ratios, not seconds",
-    "below-trivial": "random, uniform or downsample with no more visual tokens is more accurate, beyond the error",
+    "below-trivial": "random, uniform or downsample with no more visual tokens a layer, and no more FLOPs, is more accurate, "
+    "beyond the error",
     "mixed": "videos of several lengths: frames, visual tokens and times are medians over them",
+    "dequantised": "int8 weights were written out as floats at every call: it saves memory, and its time says nothing",
     "masked": "computes what it then masks, up to the dense amount; its time says nothing about the method",
     "trained": "needs training",
-    "inactive>10%": "had nothing to do on more than a tenth of the samples, so no speed-up is given",
+    "inactive>10%": "had nothing to do on more than a tenth of the samples (of joined methods: one had not), so no speed-up is "
+    "given",
 }
 
 

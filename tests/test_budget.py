@@ -1,0 +1,121 @@
+"""Budgets: what a method spends, which trivial methods spend as much, and what a table says about those it lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_report import answered, fill
+from vlmbench.budget import Spent, matched, rivals, spent
+from vlmbench.engine import TorchBackend
+from vlmbench.report import rows
+from vlmbench.session import make_methods
+from vlmbench.store import ResultStore
+
+FULL = Spent(tokens=100.0, flops=1000.0, attention_flops=400.0, text=9.0)
+
+
+def counted(visual: float, kept: float, flops: float, attention: float = 400.0) -> dict[str, Any]:
+    """Tokens of the prompt, and the work on them, as a record holds them."""
+    work = {"flops": flops, "attention_flops": attention, "visual_tokens": kept, "kv_bytes": 8}
+    return {"work": work, "tokens": {"prompt": visual + 9, "visual": visual}, "frames": []}
+
+
+def asked(adapter: Any, clip: Callable[..., Any], spec: str) -> Any:
+    """The record of one question about sixteen frames, as far as a budget is concerned."""
+    from tests.test_engine import SAMPLE
+    from vlmbench.backend import Identity
+    from vlmbench.record import SampleRecord
+
+    backend = TorchBackend(adapter, Identity("mini", None, "w", "float32", "cpu", "cpu", "sdpa", "sdpa", "sdpa", {}))
+    (method,) = make_methods([spec])
+    with backend.attach(method):
+        outcome = backend.answer(method, SAMPLE, "what ?", [clip(16)], pass_="accuracy", max_new_tokens=2)
+    return SampleRecord("s", "accuracy", "v", "ok", work=outcome.work, tokens=outcome.tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+def test_a_match_by_flops_is_exact(adapter: Any, clip: Callable[..., Any], tokens: int) -> None:
+    """What `uniform` spends at so many tokens is matched by so many tokens, though the formula knows no shapes."""
+    full, own = (spent([asked(adapter, clip, spec)]) for spec in ("full", f"uniform:tokens={tokens}"))
+    assert full is not None
+    assert own is not None
+    assert own.tokens == tokens
+    assert matched(own, full) == tokens
+    assert matched(own._replace(tokens=full.tokens), full) in (
+        tokens,
+        tokens + 1,
+    )  # by FLOPs alone; the head is rounded away
+    assert matched(full, full) == full.tokens
+
+
+def test_tokens_are_counted_where_they_are(adapter: Any, clip: Callable[..., Any]) -> None:
+    """CoreMatching drops them after its second layer: the prompt has them all, the layers behind do not, nor the cache."""
+    full, core = (asked(adapter, clip, spec) for spec in ("full", "corematching:rho=0.05,part=tokens"))
+    assert core.tokens["visual"] == full.tokens["visual"] == full.work["visual_tokens"]
+    layers = core.work["tokens"]
+    text = core.tokens["prompt"] - core.tokens["visual"]
+    assert core.work["visual_tokens"] == pytest.approx(sum(n - text for n in layers) / len(layers))
+    assert (core.work["visual_tokens"] < full.work["visual_tokens"]) == (min(layers) < layers[0])
+    assert core.work["kv_bytes"] <= full.work["kv_bytes"]
+
+
+def test_a_match_never_spends_more() -> None:
+    for flops in range(0, 1001, 10):
+        own = Spent(100.0, float(flops), 0.0, 9.0)
+        tokens = matched(own, FULL)
+        now, then = 9.0 + tokens, 109.0
+        needed = 400 * now * (now + 1) / (then * (then + 1)) + 600 * now / then
+        assert 0 <= tokens <= 100
+        assert needed <= flops * 1.001 or tokens == 0
+
+
+def test_rivals_stay_within_the_budget_and_take_whole_pairs_of_frames() -> None:
+    found = rivals(37, FULL, 32)
+    assert found == {"uniform:tokens=37": 37.0, "random:tokens=37": 37.0, "downsample:ratio=0.3125": 31.25}
+    assert list(rivals(3, FULL, 32)) == ["uniform:tokens=3", "random:tokens=3"]  # not a pair of frames
+    assert list(rivals(37, FULL, None)) == ["uniform:tokens=37", "random:tokens=37"]
+    assert rivals(0, FULL, 32) == rivals(100, FULL, 32) == {}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ResultStore:
+    return ResultStore(tmp_path / "runs")
+
+
+HALF, RIGHT = [1.0, 0.0] * 20, [1.0] * 40
+
+
+def test_only_an_equal_budget_is_held_against_a_method(store: ResultStore) -> None:
+    """PEVLM keeps every token and saves FLOPs, CoreMatching drops some on the way: neither meets a rival that spends more."""
+    fill(store, answered(HALF, **counted(100, 100, 1000)))
+    fill(store, answered(HALF, **counted(100, 100, 500)), method="pevlm")
+    fill(store, answered(HALF, **counted(100, 60, 700)), method="corematching")
+    fill(store, answered(RIGHT, **counted(80, 80, 760)), method="uniform")
+    marks = {row["method"]: row["marks"] for row in rows(store.root)}
+    assert not any("below-trivial" in each for each in marks.values())
+    fill(store, answered(RIGHT, **counted(50, 50, 450)), method="random")
+    assert {row["method"] for row in rows(store.root) if "below-trivial" in row["marks"]} == {"pevlm", "corematching"}
+
+
+def test_a_table_says_what_to_type_until_the_rivals_are_there(store: ResultStore) -> None:
+    fill(store, answered(HALF, **counted(100, 100, 1000)), frames=32)
+    fill(store, answered(HALF, **counted(50, 50, 450)), frames=32, method="turbo")
+    wanted = ["uniform:tokens=50", "random:tokens=50", "downsample:ratio=0.5"]
+    while wanted:
+        (said,) = [note for note in rows(store.root).notes if "at the budget of turbo" in note]
+        assert "the same command with " + " ".join(f"--method {spec}" for spec in wanted) + " adds them" in said
+        method = wanted.pop(0).partition(":")[0]
+        fill(store, answered(HALF, **counted(50, 50, 445)), frames=32, method=method)
+    assert not [note for note in rows(store.root).notes if "at the budget of" in note]
+
+
+def test_the_row_holds_every_equivalent(store: ResultStore) -> None:
+    work = {**counted(100, 60, 700)["work"], "vision_flops": 5, "vision_dense_flops": 10}
+    fill(store, answered(HALF, work=work))
+    (row,) = rows(store.root)
+    found = {name: row[name] for name in ("n_visual_tokens", "n_kept_tokens", "flops", "kv_bytes", "vision_flops")}
+    assert found == {"n_visual_tokens": 100, "n_kept_tokens": 60, "flops": 700, "kv_bytes": 8, "vision_flops": 5}
