@@ -48,6 +48,8 @@ results: setup  ## measure what results/cpu holds again (minutes; leave the mach
 bench: setup  ## the fixed CPU workloads against the best dense kernel (minutes)
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 256 --frame-tokens 64 --check --format json > results/cpu/attention-A.json
 	$(BIN)/vlmbench bench attention --method pevlm:sink=8,block=8 --frames 83 --frame-tokens 196 --check --format json > results/cpu/attention-B.json
+	for p in grid vs a_shape mix; do $(BIN)/vlmbench bench attention --method mminference:pattern=$$p --tokens 16458/32842 --frame-tokens 64 \
+		--heads 5 --kv-heads 1 --head-dim 128 --rounds 3 --check --format json > results/cpu/attention-mm-$$p.json || exit 1; done
 	$(BIN)/vlmbench bench vision --method turbo:r=21 --shape llava-1.5-7b --layers 1 --frames 8 --rounds 3 --format json > results/cpu/vision-turbo.json
 	$(BIN)/vlmbench bench decode --method corematching:beta=0.4 --shape qwen2.5-vl-3b --layers 6 --frames 9 --text-tokens 64 --steps 16 --format json > results/cpu/decode-core.json
 

@@ -34,7 +34,9 @@ class Ape(ParallelEncoding):
         faithful="shared prefix, reused positions, query behind the longest block, temperature and scale",
         extension="frames instead of documents; on M-RoPE blocks share the temporal axis",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}), prefix_reusable=True)
+    traits: ClassVar[Traits] = Traits(
+        stages=frozenset({"prefill", "decode"}), takes=frozenset({"attention", "cache"}), prefix_reusable=True
+    )
 
     block: int = 8
     temperature: float = 0.9

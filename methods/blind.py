@@ -18,7 +18,9 @@ class Blind(Method):
 
     name: ClassVar[str] = "blind"
     cite: ClassVar[Citation] = Citation("language-only control", extension="the whole method")
-    traits: ClassVar[Traits] = Traits(sees_vision=False, stages=frozenset({"vision", "prompt"}))
+    traits: ClassVar[Traits] = Traits(
+        sees_vision=False, stages=frozenset({"vision", "prompt"}), takes=frozenset({"visual"})
+    )
 
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
         if not prompt.layout.n_visual:

@@ -29,7 +29,9 @@ class Block(ParallelEncoding):
         faithful="independent blocks, final positions, a last block that sees all",
         extension="frames instead of passages; used without the fine-tuning it was designed for",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}), prefix_reusable=True)
+    traits: ClassVar[Traits] = Traits(
+        stages=frozenset({"prefill"}), takes=frozenset({"attention"}), prefix_reusable=True
+    )
 
     block: int = 8
 

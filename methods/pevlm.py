@@ -51,7 +51,9 @@ class Pevlm(ParallelEncoding):
         extension="default sink and block (the paper's are not public); units from the layout, never constants; token "
         "blocks end with the last visual token instead of running into the question",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}), prefix_reusable=True)
+    traits: ClassVar[Traits] = Traits(
+        stages=frozenset({"prefill"}), takes=frozenset({"attention"}), prefix_reusable=True
+    )
 
     sink: int | None = None
     block: int | None = None

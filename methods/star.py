@@ -29,7 +29,9 @@ class Star(ParallelEncoding):
         faithful="anchor block, original positions of anchor and blocks, a query that sees all",
         extension="blocks end with frames; one host, so the anchor is encoded once and not in front of every block",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill"}), prefix_reusable=True)
+    traits: ClassVar[Traits] = Traits(
+        stages=frozenset({"prefill"}), takes=frozenset({"attention"}), prefix_reusable=True
+    )
 
     block: int | None = None
 

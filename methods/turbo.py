@@ -49,9 +49,10 @@ class Turbo(Method):
         extension="column-mean importance, normalised by length, for towers without a class token; 2×2 units that merge "
         "inside their window, r spread over windows by size, with the destination's rotation; drop: the destination's "
         "placeholder stays, LLaVA's tokens merge behind the pooling by their own features; shared and temporal video; "
-        "text side: the question's attention in the place of cross-attention",
+        "text side: the question's attention in the place of cross-attention; LLaVA as BLIP (the authors' port for it has "
+        "c=100 and, as it never hands mass to attention, proportional=off)",
     )
-    traits: ClassVar[Traits] = Traits(stages=frozenset({"vision"}), prefix_reusable=True)
+    traits: ClassVar[Traits] = Traits(stages=frozenset({"vision"}), takes=frozenset({"tower"}), prefix_reusable=True)
 
     r: int = 16
     alpha: float = 5.0
@@ -77,6 +78,11 @@ class Turbo(Method):
             raise UsageError(f"turbo:schedule must hold numbers of at least 0, not {_listed(self.schedule)}.")
         if not -1 <= self.inflection <= 1:
             raise UsageError(f"turbo:inflection must be from -1 to 1, not {self.inflection}.")
+        if self.schedule and self.inflection:
+            raise UsageError(
+                f"turbo:inflection={self.inflection} tilts a constant r, and schedule={_listed(self.schedule)} gives a number "
+                f"for each block; give one of the two."
+            )
         if not 0 <= self.text_step < 1:
             raise UsageError(f"turbo:text_step must be at least 0 and below 1 (published: 0.07), not {self.text_step}.")
         if self.video == "temporal" and self.mode == "unmerge":
@@ -88,7 +94,13 @@ class Turbo(Method):
         # What a setting touches, and whether its keys depend on the question, is a matter of its parameters.
         stages = {"vision"} | ({"prompt"} if self.mode == "drop" else set())
         stages |= {"prefill", "decode"} if self.text_step else set()
-        traits = replace(type(self).traits, stages=frozenset(stages), prefix_reusable=not self.text_step)
+        takes = {"tower"} | ({"attention", "cache"} if self.text_step else set())
+        traits = replace(
+            type(self).traits,
+            stages=frozenset(stages),
+            takes=frozenset(takes),
+            prefix_reusable=not self.text_step,
+        )
         object.__setattr__(self, "traits", traits)
 
     @classmethod
@@ -98,7 +110,7 @@ class Turbo(Method):
             cls(r=4, min_tokens=0, mode="drop"),
             cls(r=4, min_tokens=0, mode="drop", video="shared", score="redundancy"),
             cls(r=4, min_tokens=0, mode="drop", video="temporal"),
-            cls(r=6, mode="drop", where="last", score="value"),
+            cls(r=5, mode="drop", where="last", score="value"),
             cls(r=4, min_tokens=0, text_step=0.2),
         ]
 
@@ -110,6 +122,11 @@ class Turbo(Method):
         from vlmbench.turbo_vision import tower_of
 
         tower = tower_of(adapter)
+        if tower.reader == "cross-attention" and (self.text_step or self.video != "per_frame"):
+            raise UsageError(
+                f"turbo:text_step={self.text_step},video={self.video} act on visual tokens in a prompt, which "
+                f"{adapter.config.model_type} has none of; leave them out."
+            )
         if len(self.schedule) > len(tower.blocks):
             raise UsageError(
                 f"turbo:schedule={_listed(self.schedule)} has {len(self.schedule)} numbers, and the vision tower has "
@@ -117,9 +134,13 @@ class Turbo(Method):
             )
         asked = sum(self._numbers(len(tower.blocks)))
         if self.where == "last" and tower.tokens is not None and asked >= tower.tokens - tower.protected:
+            most = tower.tokens - tower.protected - 1
+            remedy = (
+                f"its sum must be at most {most}" if self.schedule else f"r must be at most {most // len(tower.blocks)}"
+            )
             raise UsageError(
-                f"turbo:where=last with r={self.r} would merge {asked} of {tower.tokens} tokens and leave none; r must be at "
-                f"most {(tower.tokens - tower.protected - 1) // len(tower.blocks)} on this model."
+                f"turbo:where=last with {_asked(self)} would merge {asked} of {tower.tokens} tokens and leave none; "
+                f"{remedy} on this model."
             )
 
     def install(self, patch: Patcher, trace: Trace) -> None:
@@ -130,11 +151,11 @@ class Turbo(Method):
         tower = tower_of(adapter)
         rule = self._rule(len(tower.blocks), class_token=bool(tower.protected))
         behind = {"video"} if self.video == "temporal" else set()
-        if self.mode == "drop" and self.where == "last" and not tower.units_are_tokens:
+        if self.mode == "drop" and self.where == "last" and tower.reader == "grid" and tower.visual is None:
             behind = {"image", "video"}  # in one place, and that is behind the pooling
         plans = Plans(tower, rule, frozenset(behind))
         widths = tower.widths()
-        newline = None if tower.units_are_tokens else adapter.model.model.image_newline.detach()
+        newline = adapter.model.model.image_newline.detach() if tower.reader == "grid" and not tower.visual else None
         stock = adapter.encode_vision
         told = False
 
@@ -152,7 +173,8 @@ class Turbo(Method):
                 warnings.warn(_clipped_text(self, clipped), Clipped, stacklevel=2)
 
         patch.attr(adapter, "encode_vision", encode_vision)
-        watch(patch, tower, plans, begin, report=self.mode == "drop" and bool(behind or not tower.units_are_tokens))
+        drop = self.mode == "drop"
+        watch(patch, tower, plans, begin, report=drop and bool(behind or not tower.units_are_tokens), drop=drop)
         if self.text_step:
             turbo_text.install(patch, self.text_step)
 
@@ -178,13 +200,18 @@ class Turbo(Method):
         return prompt
 
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
-        from vlmbench.turbo_text import visual_left
+        from vlmbench.turbo_text import scoring_flops, visual_left
 
         work = super().work(prompt, shapes, trace)
         if self.text_step and prompt.layout.n_visual:
             text = prompt.length - prompt.layout.n_visual
             tokens = [text + n for n in visual_left(prompt.layout.n_visual, shapes.layers, self.text_step)]
-            work = replace(work, tokens=tuple(tokens), pairs=tuple(n * (n + 1) // 2 for n in tokens))
+            work = replace(
+                work,
+                tokens=tuple(tokens),
+                pairs=tuple(n * (n + 1) // 2 for n in tokens),
+                own_flops=scoring_flops(prompt.layout, shapes, self.text_step),
+            )
         vision = trace.facts.get("vision")
         return work if vision is None else replace(work, vision=VisionWork(vision["flops"], vision["dense_flops"]))
 
@@ -217,14 +244,20 @@ class Turbo(Method):
         tokens = plan.media[0].units * plan.unit
         if tokens < self.min_tokens and not seen.rule.once:
             return f"pictures of {tokens} tokens are below min_tokens={self.min_tokens}"
-        return f"r={self.r} is less than a unit of {plan.unit} tokens in every group of a picture of {tokens}"
+        return f"{_asked(self)} is less than a unit of {plan.unit} tokens in every group of a picture of {tokens}"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
     return "/".join(map(str, numbers))
 
 
+def _asked(method: Turbo) -> str:
+    return f"schedule={_listed(method.schedule)}" if method.schedule else f"r={method.r}"
+
+
 def _clipped_text(method: Turbo, clipped: list[tuple[int, int, int]]) -> str:
-    asked = f"schedule={_listed(method.schedule)}" if method.schedule else f"r={method.r}"
     blocks = ", ".join(str(block) for block, _, _ in clipped)
-    return f"turbo:{asked} is above what one matching can merge (half of the tokens) in blocks {blocks}; it is clipped there."
+    return (
+        f"turbo:{_asked(method)} is above what one matching can merge (half of the tokens) in blocks {blocks}; it is "
+        "clipped there."
+    )

@@ -5,6 +5,7 @@ Memory is poisoned, products are counted and bfloat16 is widened as in `interpre
 
 from __future__ import annotations
 
+import inspect
 import mmap
 from itertools import pairwise
 from typing import Any
@@ -86,6 +87,7 @@ GRIDS = {
     "s": Grid(2, 9, 4, 250, 28, horizontal=False, vertical=False, slash=True),
     "hvs": Grid(2, 11, 9, 100, 5, slash=True),
     "stride-beyond": Grid(4, 8, 4, 60, 80, slash=True),
+    "stride-far-beyond": Grid(4, 8, 4, 60, 2**33, slash=True),
     "stride-1": Grid(0, 1, 0, 300, 1, horizontal=False),
 }
 TILES = {63: Tile(16, 16), 111: Tile(32, 64), 257: Tile(64, 32)}
@@ -203,7 +205,7 @@ def test_some_keys_behind_a_boundary() -> None:
 def test_an_index_that_points_outside_names_a_column_twice_or_lacks_its_diagonal_is_handled() -> None:
     n = 111
     q, k, v = qkv(n)
-    columns = torch.tensor([[[-5, 3, 3, 40, 200, 999], [0, 1, 2, 110, 111, 2**40]]])
+    columns = torch.tensor([[[-(2**40), 3, 3, 40, 200, 999], [0, 1, 2, 110, 111, 2**40]]])
     index = Index(columns, torch.zeros(1, 2, 2, dtype=torch.bool), 64, n)
     allow = torch.zeros(1, 2, n, n, dtype=torch.bool)
     for head, kept in enumerate(((3, 40), (0, 1, 2, 110))):
@@ -342,3 +344,10 @@ def test_the_tuned_kernel_names_its_arguments() -> None:
     for config in fused_kernel.SHORT + fused_kernel.WIDE:
         assert config.kwargs["BM"] in fused_kernel.TUNED_ROWS
         assert config.kwargs["BN"] <= 64  # a block of an index is no less than a tile's keys
+    for dtype, vs in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, True)):
+        chosen = fused_kernel._of_this_call(fused_kernel.SHORT, {"q": torch.zeros(1, dtype=dtype)}, VS=vs)
+        assert chosen
+        assert not vs or {config.kwargs["BM"] for config in chosen} == {64}
+        assert (chosen == fused_kernel.WIDE) == (dtype == torch.float32)
+    names = inspect.signature(fused_kernel.lines_fwd_kernel.fn).parameters
+    assert {"q", *fused_kernel.lines_fwd.keys} <= set(names)

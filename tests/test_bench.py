@@ -232,6 +232,7 @@ def test_the_check_sees_a_key_too_many(monkeypatch: Any) -> None:
         (("--method", "pevlm", "--heads", 3), "multiple of --kv-heads"),
         (("--method", "pevlm", "--tokens", "10"), "--tokens must be numbers"),
         (("--method", "pevlm", "--shape", "qwen2.5-vl-8b"), "Did you mean 'qwen2.5-vl-7b'"),
+        (("--method", "pevlm", "--shape", "nonesuch"), "(known: qwen2.5-vl-7b, "),
         (("--method", "pevlm", "--dtype", "float8"), "--dtype must be one of"),
         (("--method", "pevlm", "--rounds", 0), "--rounds must be at least 1"),
         (("--method", "pevlm", "--batch", 2), "one prompt at a time"),

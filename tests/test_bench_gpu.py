@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmbench import bench_gpu
+from vlmbench import bench_gpu, bench_gpu_worker
 from vlmbench.bench import COLUMNS, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,24 @@ def test_a_worker_that_asks_for_a_fresh_one_gets_it_and_nothing_failed(tmp_path:
     assert returned == 0
     assert [line for line in log.splitlines() if line.startswith("» ")] == ["» a", "» b", "» c"]
     assert "Failed" not in log
+
+
+def test_after_tests_that_were_cut_off_the_measurements_go_on_in_a_fresh_worker(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Their own processes would go on using the card beside what is timed; they end with the worker's group."""
+
+    def cut_off(*args: Any, **options: Any) -> Any:
+        raise subprocess.TimeoutExpired("pytest", options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", cut_off)
+    monkeypatch.setattr(bench_gpu_worker, "_machine", lambda *_: None)
+    monkeypatch.setenv("VLMBENCH_DEADLINE", str(time.time() + 500))
+    workloads = [bench_gpu.Workload("gpu-tests", "tests"), bench_gpu.Workload("next", "attention")]
+    assert bench_gpu_worker.work(tmp_path, workloads, True) == bench_gpu_worker.FRESH
+    said = capsys.readouterr().out
+    assert "failed gpu-tests: not done after 100 s" in said
+    assert "next" not in said
 
 
 def test_what_has_its_row_is_not_measured_again(tmp_path: Path, monkeypatch: Any) -> None:

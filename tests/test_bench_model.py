@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +25,7 @@ from vlmbench.patch import Patcher
 from vlmbench.trace import Trace
 
 SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "schema" / "bench.schema.json"
+SHAPE = madeup.Shape(3, 4, 4, 2, 16, name="mini-qwen2.5-vl")
 SMALL = ("--shape", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--rounds", 2, "--format", "json")
 
 
@@ -70,7 +73,7 @@ def test_a_long_prefill_runs_under_the_kernel_that_attention_alone_is_fastest_wi
 ) -> None:
     monkeypatch.setattr(bench_sides, "RANKED", 64)
     slow = rounds.Side("sdpa/math", lambda _: None)
-    monkeypatch.setattr(bench_sides, "ranked", lambda q, k, v, clock: (slow, {}, {}))
+    monkeypatch.setattr(bench_sides, "ranked", lambda q, k, v, clock: ([slow], {}, {}))
     row = row_of(cli, "prefill", "--method", "pevlm:sink=2,block=2", *SMALL)
     assert list(row["dense_kernels_s"]) == ["sdpa/math"]
     short = row_of(cli, "decode", "--method", "uniform:ratio=0.25", *SMALL, "--steps", 1)
@@ -247,6 +250,58 @@ def test_rounds_turn_and_keep_their_order() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_kernel_that_stops_at_the_whole_length_gives_way_to_the_next() -> None:
+    def too_long(_: Any) -> None:
+        raise RuntimeError("no plan for so many numbers")
+
+    clock = rounds.Clock(torch.device("cpu"))
+    first, second, own = (rounds.Side(name, call) for name, call in (("a", too_long), ("b", str), ("method", str)))
+    found = rounds.race(first, own, 3, clock, [second])
+    assert found.dense is second
+    assert found.refused == {"a": "no plan for so many numbers"}
+    assert len(found.dense_s) == len(found.method_s) == len(found.ratios) == 3
+    with pytest.raises(RuntimeError, match="no plan"):  # there is no other; a method has none
+        rounds.race(first, own, 3, clock)
+    best, seconds, refused = rounds.fastest({each.name: each for each in (first, second, own)}, clock, in_order=True)
+    assert best is second
+    assert (list(seconds), list(refused)) == (["b"], ["a"])
+
+
+def test_every_row_starts_without_the_model_of_the_one_before(monkeypatch: Any) -> None:
+    """Adapters lie in cycles of references: on a card they would count in the next row's peak until they are collected."""
+    alive: list[Any] = []
+    stock = bench_model._load
+
+    def load(*args: Any) -> Any:
+        assert not any(each() for each in alive)
+        adapter = stock(*args)
+        alive.append(weakref.ref(adapter.model))
+        return adapter
+
+    monkeypatch.setattr(bench_model, "_load", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    gc.disable()
+    try:
+        for _ in range(2):
+            bench.bench("prefill", "full", SHAPE, device="cpu", dtype=None, rounds=1, check=False, alone=True)
+    finally:
+        gc.enable()
+    assert len(alive) == 2
+
+
+def test_on_a_card_every_row_compiles_anew(monkeypatch: Any) -> None:
+    """Torch compiles one function for eight shapes in a process, and then runs it as written."""
+    reset: list[str] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: reset.append("reset"))
+    monkeypatch.setattr(bench_model, "row", lambda *args: {})
+    for name in ("cpu", "cuda"):
+        monkeypatch.setattr(bench, "pick_device", lambda _, name=name: torch.device(name))
+        monkeypatch.setattr(bench, "pick_dtype", lambda *_: torch.float32)
+        bench.bench("prefill", "full", SHAPE, device=None, dtype=None, rounds=1, check=False)
+        assert len(reset) == (name == "cuda")
+
+
 def test_flex_attention_is_causal_attention() -> None:
     q, k, v = (torch.randn(1, heads, 130, 16) for heads in (4, 2, 2))
     # float32 sums in another order

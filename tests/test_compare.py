@@ -124,8 +124,11 @@ def test_the_text_says_what_the_runs_differ_in(cli: Cli, store: ResultStore) -> 
     assert "| e2e, s (in turns) | 7 | 3.5 | 2.00× [2.00, 2.00] | 8 |" in text
     assert "- A and B differ in method, frames; `vlmbench explain A B`" in text
     assert "the same id" not in text
-    other = cli("compare", a, run(store, FAIR, suite_version="2")).out
-    assert "- **the same id may be another question** (another suite_version): run" in other
+    other = run(store, FAIR, suite_version="2")
+    warning = "the same id may be another question (another suite_version): run one of them again"
+    assert f"- **{warning}**" in cli("compare", a, other).out
+    assert json.loads(cli("compare", a, other, "--format", "json").out)["warnings"] == [warning]
+    assert json.loads(cli("compare", a, b, "--format", "json").out)["warnings"] == []
 
 
 # What differs.
@@ -196,5 +199,7 @@ def test_a_header_without_what_is_needed_is_one_sentence(cli: Cli, store: Result
 
 def test_a_score_that_is_no_number_is_one_sentence(cli: Cli, store: ResultStore) -> None:
     run(store, [1.0, float("nan")])
-    done = cli("table", store.root)
-    assert (done.code, "lack something" in done.err, len(done.err.splitlines())) == (2, True, 1)
+    for command in (["table", store.root], ["compare", store.root, store.root]):
+        done = cli(*command)
+        assert (done.code, len(done.err.splitlines())) == (2, 1)
+        assert "the accuracy record of s1 cannot be used (its score is None, not a number); delete its line" in done.err

@@ -584,7 +584,7 @@ def test_the_study_takes_medians_over_samples_layer_by_layer(cli: Any, tmp_path:
     ("spec", "says"),
     [
         ("rho=0", "corematching:rho must be above 0 and at most 1, not 0.0."),
-        ("rho=nan", "corematching:rho must be above 0 and at most 1, not nan."),
+        ("rho=nan", "corematching:rho must be a finite number, not 'nan'."),
         ("beta=1.5", "corematching:beta must be above 0 and at most 1, not 1.5."),
         ("select_layer=0", "corematching:select_layer must be at least 1, not 0."),
         ("min_keep=0", "corematching:min_keep must be at least 1, not 0."),

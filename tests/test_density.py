@@ -12,6 +12,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from vlmbench import density
+from vlmbench.errors import RunError
 
 
 def timed(ratio: float | None, pairs_limit: float | None = 4.0, **more: Any) -> dict[str, Any]:
@@ -55,6 +56,25 @@ def test_a_curve_that_goes_back_and_forth_promises_only_what_holds() -> None:
 @pytest.mark.parametrize(("time", "said"), [(0.5, "everywhere"), (2.0, "nowhere"), (None, "untimed")])
 def test_without_a_crossing_nothing_is_made_up(time: float | None, said: str) -> None:
     assert density.densest(points("density", (0.2, time), (0.5, time))) == density.BreakEven(None, said)
+
+
+def test_without_a_density_a_row_is_no_point_of_that_curve() -> None:
+    rows = [{"density": None, "time": 0.5}, *points("density", (0.2, 0.5), (0.6, 2.0))]
+    assert density.densest(rows).at == pytest.approx(0.4)
+
+
+def test_a_row_that_fails_is_one_sentence_and_keeps_what_was_timed(tmp_path: Path, monkeypatch: Any) -> None:
+    def bench(op: str, spec: str, shape: Any, **options: Any) -> dict[str, Any]:
+        if "pattern=vs" in spec:
+            raise RunError("A row is wrong.")
+        return timed(2.0)
+
+    monkeypatch.setattr(density.bench, "bench", bench)
+    out = tmp_path / "kernels.json"
+    options = ["--tokens", "400", "--pattern", "grid/vs", "--budget", "1", "--device", "cpu", "--out", str(out)]
+    done = CliRunner().invoke(command(), options)
+    assert str(done.exception) == "A row is wrong."
+    assert [row["pattern"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]] == ["grid"]
 
 
 def test_a_budget_that_adds_no_pairs_is_no_point_of_the_curve() -> None:

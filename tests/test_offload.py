@@ -155,7 +155,7 @@ def test_more_layers_than_there_are_cannot_be_resident(adapter: Any) -> None:
         with pytest.raises(UsageError, match=says):
             method.check(adapter)
     # All layers that decode with core neurons are resident: nothing would be moved, and the row would not say so.
-    with pytest.raises(UsageError, match="offload=on,neuron_layers=0/1,resident=2 leaves nothing .* resident below 2"):
+    with pytest.raises(UsageError, match=r"offload=on,neuron_layers=0/1,resident=2 leaves nothing .* resident below 2"):
         Corematching(offload=True, neuron_layers="0/1", resident=2).check(adapter)
     Corematching(offload=True, neuron_layers="0/1", resident=1).check(adapter)
     with pytest.raises(UsageError, match="offload:resident must be at least 0, not -1"):

@@ -200,8 +200,9 @@ def test_reused_positions_repeat_the_first_blocks_and_leave_the_tail(adapter: An
     blocks = changed.extras["block_plan"].blocks
     first = temporal[blocks[0][0] : blocks[0][1]]
     for start, stop in blocks:
-        # A block may end with a separator that the others lack.
-        assert torch.equal(temporal[start:stop][: len(first)], first)
+        # A block may end with a separator that the others lack, or lack the line break that the others end with.
+        n = min(stop - start, len(first))
+        assert torch.equal(temporal[start : start + n], first[:n])
     tail = blocks[-1][1]
     assert torch.equal(changed.positions[..., tail:], prompt.positions[..., tail:])
     if changed.positions.dim() == 3:
@@ -265,7 +266,9 @@ def test_memvp_is_the_stock_model_with_wider_blocks(adapter: Any, clip: Any) -> 
     for layer in adapter.layers:
         layer.mlp = wider(layer.mlp, keys, values)
     try:
-        text = spliced(adapter, [])
+        # Vicuna's template leaves a line break where the picture was.
+        vicuna = adapter.name in ("llava_15", "llava_next_video")
+        text = done.prompt if vicuna else spliced(adapter, [])
         theirs = by_hand(adapter, text, list(range(text.length)))
     finally:
         for layer, mlp in zip(adapter.layers, before, strict=True):

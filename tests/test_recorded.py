@@ -8,15 +8,17 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from vlmbench import bench, bench_model, graphs, recorded, registry
+from vlmbench import bench, bench_model, contest, graphs, recorded, registry, rounds
 from vlmbench.graphs import NotRecordedError, Outside, Tape
 from vlmbench.madeup import Shape, embedded
 from vlmbench.methods.full import Full
+from vlmbench.methods.memvp import Memvp
 from vlmbench.models.base import ModelAdapter
 from vlmbench.trace import Trace
 
@@ -119,6 +121,25 @@ def test_a_replayed_tower_follows_its_pixels(adapter: Any, clip: Callable[..., A
             assert torch.equal(ours.recorded.result.video, adapter.encode_vision(inputs).video)
 
 
+@pytest.mark.parametrize("method", [Full(), Memvp(artefact="untrained")], ids=lambda m: m.name)
+@pytest.mark.parametrize("preset", ["mini-qwen2.5-vl", "mini-llava-1.5"])
+def test_a_replayed_prefill_follows_its_prompt(preset: str, method: Any) -> None:
+    """What a method makes of another prompt reaches the recording: embeddings, and what stands among the extras."""
+    shape = Shape(3, 4, 4, 2, 16, name=preset)
+    adapter = bench_model._load(shape, None, torch.device("cpu"), torch.float32, 0)
+
+    def run(prompt: Any) -> Any:
+        return adapter.prefill(prompt, adapter.new_cache(1))
+
+    with method.attach(adapter) as trace:
+        asked = [embedded(adapter, shape, 0)]
+        ours = recorded.prefill(adapter, Tape(), lambda: method.prepare(asked[-1], trace), run)
+        for seed in (1, 0):
+            asked.append(embedded(adapter, shape, seed))
+            ours.run()
+            assert torch.allclose(ours.recorded.result, run(method.prepare(asked[-1], trace)), atol=1e-5)
+
+
 def test_what_waits_for_the_host_cannot_be_recorded() -> None:
     x = torch.ones(3)
     for call in (
@@ -215,6 +236,66 @@ def test_a_side_that_cannot_be_recorded_runs_eagerly_and_says_why(monkeypatch: A
     assert row["marks"] == ["cpu", "eager"]
     assert f"{'dense attention' if who == 'dense' else 'uniform'} was not recorded" in row["note"]
     assert row["ratio"] > 0
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_the_method_is_away_whenever_dense_runs_and_nobody_is_recorded_alone(brief: bool) -> None:
+    """A recorded method stays attached: dense attention that runs as it is, or is recorded then, would be the method."""
+    attached: list[bool] = [False]
+    calls: list[str] = []
+
+    @contextmanager
+    def around() -> Any:
+        attached[0] = True
+        yield
+        attached[0] = False
+
+    def dense(_: Any) -> None:
+        assert not attached[0]
+        calls.append("dense")
+
+    def make(whole: bool) -> Any:
+        def recording(given: Any) -> Any:
+            if given == "dense":
+                assert not attached[0]
+                if whole:
+                    raise NotRecordedError("it waits")
+            calls.append(f"recorded {given}")
+            return SimpleNamespace(restart=lambda: None, run=lambda: None)
+
+        return recording
+
+    row: dict[str, Any] = {"method": "m", "marks": [], "note": None}
+    contest.contest(
+        row,
+        {"k": rounds.Side("k", dense, lambda _: "dense")},
+        rounds.Side("method", lambda _: calls.append("method"), lambda _: "method", around),
+        2,
+        rounds.Clock(torch.device("cpu")),
+        make(whole=True),
+        own_kernel=True,
+        brief=make(whole=False) if brief else None,
+    )
+    assert row["marks"] == ["eager"]
+    assert row["note"] == "dense attention was not recorded: it waits"
+    assert "recorded method" not in calls
+    assert calls.count("method") == 3  # one of warm-up
+    assert row["ratio"] > 0
+
+
+def test_a_long_decoding_ranks_kernels_by_its_first_steps(monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench_model, "RANKED_STEPS", 2)
+    asked: list[int] = []
+    stock = recorded.decoding
+
+    def decoding(adapter: Any, recorder: Any, given: Any, steps: int) -> Any:
+        asked.append(steps)
+        return stock(adapter, recorder, given, steps)
+
+    monkeypatch.setattr(bench_model, "decoding", decoding)
+    row = bench.bench("decode", "uniform:ratio=0.25", MINI, graphs=True, **SIZES)
+    assert asked == [2] * len(row["dense_kernels_s"]) + [3, 3]  # then the fastest, and the method, whole
+    assert row["marks"] == ["cpu"]
 
 
 def test_out_of_memory_while_recording_ends_the_methods_side_only(monkeypatch: Any) -> None:

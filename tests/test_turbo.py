@@ -18,7 +18,7 @@ from vlmbench.cards import CARDS
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
 from vlmbench.kernels.token_merge import reference
-from vlmbench.layout import Prompt
+from vlmbench.layout import Prompt, Span, TokenLayout
 from vlmbench.method import Method
 from vlmbench.methods.full import Full
 from vlmbench.methods.turbo import Clipped, Turbo
@@ -27,7 +27,7 @@ from vlmbench.plan import stages
 from vlmbench.spec import build, parse
 from vlmbench.trace import Trace
 from vlmbench.turbo_plan import Medium, Plan, Rule
-from vlmbench.turbo_text import attention_of_tail, visual_left
+from vlmbench.turbo_text import _Prefill, attention_of_tail, tail_of, visual_left
 from vlmbench.turbo_tower import Call
 from vlmbench.turbo_vision import Plans, Tower, tower_of, vit, watch_vit, windows_of
 
@@ -202,9 +202,10 @@ def test_r_0_encodes_to_the_last_bit_as_the_stock_tower(adapter: Any, clip: Any)
 
 def test_pictures_below_the_least_number_of_tokens_stay_whole_and_say_so(adapter: Any, clip: Any) -> None:
     full, _ = encoded(adapter, Full(), [clip(6)])
-    same, trace = encoded(adapter, Turbo(r=4, mode="drop"), [clip(6)])
+    same, trace = encoded(adapter, Turbo(r=4, min_tokens=80, mode="drop"), [clip(6)])
     torch.testing.assert_close(same.embeds, full.embeds, rtol=0, atol=1e-6)
-    assert (trace.applied, trace.reason) == (False, "pictures of 16 tokens are below min_tokens=40")
+    tokens = tower_of(adapter).tokens or 16
+    assert (trace.applied, trace.reason) == (False, f"pictures of {tokens} tokens are below min_tokens=80")
 
 
 def test_a_prompt_without_pictures_says_so(adapter: Any) -> None:
@@ -217,7 +218,7 @@ def test_tokens_and_flops_are_what_torch_counts(adapter: Any, clip: Any) -> None
     inputs = adapter.inputs([clip(2, side=84)], QUESTION)
     twin = without_storage(adapter.config.model_type)
     dense = counted.vision(twin, inputs).cost.flops
-    for method in (Turbo(**SMALL), Turbo(r=6, where="last", score="redundancy")):
+    for method in (Turbo(**SMALL), Turbo(r=5, where="last", score="redundancy")):
         with method.attach(twin) as trace:
             own = counted.vision(twin, inputs).cost.flops
             seen = trace.scratch["turbo"]
@@ -320,13 +321,13 @@ def test_the_ablation_chooses_differently(adapter: Any, clip: Any) -> None:
 
 
 def test_more_than_half_is_clipped_and_said_once(adapter: Any, clip: Any) -> None:
-    method = Turbo(r=12, min_tokens=0)
+    method = Turbo(r=40, min_tokens=0)
     with pytest.warns(
-        Clipped, match=r"^turbo:r=12 is above what one matching can merge .* it is clipped there\.$"
+        Clipped, match=r"^turbo:r=40 is above what one matching can merge .* it is clipped there\.$"
     ) as said:
         _, trace = encoded(adapter, method, [clip(6), clip(4)])
     assert len(said) == 1
-    assert trace.facts["clipped"][0] == {"block": 0, "asked": 12, "merged": 8}
+    assert trace.facts["clipped"][0] == {"block": 0, "asked": 40, "merged": (tower_of(adapter).tokens or 16) // 2}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "clipped" not in encoded(adapter, Turbo(**SMALL), [clip(6)])[1].facts
@@ -484,6 +485,43 @@ def test_attention_of_the_tail_is_that_of_causal_attention_with_shared_keys() ->
     torch.testing.assert_close(attention_of_tail(q, k, 3, 0.4), want, rtol=0, atol=1e-6)
 
 
+def test_the_text_sides_scores_are_counted(adapter: Any, clip: Any) -> None:
+    """As torch counts the product of queries and keys, in every layer that chooses."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    method, shapes = Turbo(r=0, text_step=0.3), adapter.shapes
+    with method.attach(adapter) as trace:
+        prompt = generate(adapter, method, trace, [clip(6)], QUESTION, max_new_tokens=1).prompt
+    visual = prompt.layout.indices("video")
+    tail = prompt.length - int(visual[-1]) - 1
+    counted = 0
+    for left in visual_left(len(visual), shapes.layers, 0.3)[:-1]:
+        n = prompt.length - len(visual) + left
+        with FlopCounterMode(display=False) as counter:
+            q, k = (torch.empty(1, heads, n, shapes.head_dim) for heads in (shapes.heads, shapes.kv_heads))
+            attention_of_tail(q, k, tail, 1.0)
+        counted += counter.get_total_flops()
+    assert tail > 1
+    assert method.work(prompt, shapes, trace).own_flops == counted > 0
+    assert Turbo(r=0).work(prompt, shapes, trace).own_flops == 0
+
+
+def test_where_no_text_stands_behind_the_media_the_last_token_asks_and_stays() -> None:
+    layout = TokenLayout((Span("text", 0, 2), Span("video", 2, 10, 0, 0)))
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 10, 5, generator=generator), torch.randn(1, 2, 10, 5, generator=generator)
+    k[:, :, -1] = -100 * q[:, :, -1].unflatten(1, (2, 2)).sum(2)  # nobody looks at it
+    logits = (q[:, :, -1:] @ k.repeat_interleave(2, 1).transpose(-1, -2))[0, :, 0]
+    received = logits.softmax(-1).sum(0)
+    assert received[2:].argmin() == 7
+    torch.testing.assert_close(attention_of_tail(q, k, tail_of(layout), 1.0), received)
+    now = _Prefill(layout, 4, 0.3, torch.device("cpu"))
+    now.choose(0, q, k, 1.0)
+    assert now.chosen is not None
+    best = received[2:-1].topk(now.left[1] - 1).indices + 2
+    assert now.chosen.tolist() == [0, 1, *sorted(best.tolist()), 9]
+
+
 def test_only_a_setting_that_ignores_the_question_lets_the_next_one_reuse_keys() -> None:
     assert Turbo().traits.prefix_reusable
     assert Turbo(mode="drop").traits.stages == {"vision", "prompt"}
@@ -500,6 +538,11 @@ def test_only_a_setting_that_ignores_the_question_lets_the_next_one_reuse_keys()
         ("turbo:r=-1", "turbo:r must be at least 0, not -1."),
         ("turbo:schedule=4/-1", "turbo:schedule must hold numbers of at least 0, not 4/-1."),
         ("turbo:inflection=2", "turbo:inflection must be from -1 to 1, not 2.0."),
+        (
+            "turbo:inflection=0.5,schedule=4/2",
+            "turbo:inflection=0.5 tilts a constant r, and schedule=4/2 gives a number",
+        ),
+        ("turbo:alpha=nan", "turbo:alpha must be a finite number, not 'nan'."),
         ("turbo:text_step=1", "turbo:text_step must be at least 0 and below 1 (published: 0.07), not 1.0."),
         ("turbo:video=temporal", "give mode=drop too, not unmerge."),
         ("turbo:score=value,alpha=0", "turbo:score=value needs alpha and c above 0"),
@@ -513,8 +556,10 @@ def test_unusable_parameters_are_refused_in_a_sentence(spec: str, says: str) -> 
 
 
 def test_a_schedule_longer_than_the_tower_and_a_tower_read_twice_are_refused(adapter: Any) -> None:
-    with pytest.raises(UsageError, match=r"^turbo:schedule=1/1/1 has 3 numbers, and the vision tower has 2 blocks;"):
-        Turbo(schedule=(1, 1, 1)).check(adapter)
+    blocks = len(adapter.vision_blocks)
+    says = rf"^turbo:schedule=1(/1)* has {blocks + 1} numbers, and the vision tower has {blocks} blocks;"
+    with pytest.raises(UsageError, match=says):
+        Turbo(schedule=(1,) * (blocks + 1)).check(adapter)
     if adapter.name == "llava":
         config = SimpleNamespace(vision_feature_layer=[-1, -2])
         twice = SimpleNamespace(
@@ -527,22 +572,33 @@ def test_a_schedule_longer_than_the_tower_and_a_tower_read_twice_are_refused(ada
 def test_a_family_without_the_signal_is_refused() -> None:
     other = SimpleNamespace(name="internvl", vision_config=None)
     with pytest.raises(
-        UsageError, match=r"^turbo knows the vision towers of the families llava and qwen_vl, not that of"
+        UsageError,
+        match=r"^turbo knows the vision towers of the LLaVAs, of Qwen-VL and of BLIP, not that of 'internvl'",
     ):
         Turbo().check(other)  # type: ignore[arg-type]
 
 
 def test_a_budget_that_leaves_no_token_is_refused_and_leaves_the_model_alone(adapter: Any, clip: Any) -> None:
     """Where a picture's tokens are known, before anything runs; else when the picture is there."""
-    method = Turbo(r=8, where="last", mode="drop")
-    if adapter.fixed_resolution:
-        with pytest.raises(
-            UsageError, match=r"would merge 16 of 16 tokens and leave none; r must be at most 7 on this"
-        ):
+    tower = tower_of(adapter)
+    if tower.tokens is not None:
+        r, most = tower.tokens // 2, (tower.tokens - tower.protected - 1) // len(tower.blocks)
+        method = Turbo(r=r, where="last", mode="drop")
+        says = (
+            rf"would merge {r * len(tower.blocks)} of {tower.tokens} tokens and leave none; r must be at most {most} on"
+        )
+        with pytest.raises(UsageError, match=says):
             method.check(adapter)
+        Turbo(r=most, where="last", mode="drop").check(adapter)
+        total = tower.tokens - tower.protected - 1
+        with pytest.raises(
+            UsageError, match=rf"schedule={total + 1} would merge .*; its sum must be at most {total} on"
+        ):
+            Turbo(schedule=(total + 1,), where="last", mode="drop").check(adapter)
+        Turbo(schedule=(total,), where="last", mode="drop").check(adapter)
     else:
         with pytest.raises(ValueError, match=r"would merge 16 tokens of the 16 of a picture; lower r"):
-            encoded(adapter, method, [clip(6)])
+            encoded(adapter, Turbo(r=8, where="last", mode="drop"), [clip(6)])
     full, _ = encoded(adapter, Full(), [clip(6)])
     assert full.layout.n_visual
 
@@ -556,5 +612,5 @@ def test_dropping_without_a_tower_is_refused(adapter: Any, clip: Any) -> None:
 def test_towers_say_where_they_end(adapter: Any) -> None:
     tower: Tower = tower_of(adapter)
     assert tower.used == 1
-    assert tower.units_are_tokens == (adapter.name == "qwen_vl")
-    assert tower.protected == 0
+    assert tower.units_are_tokens == (adapter.name in ("qwen_vl", "llava_15"))
+    assert tower.protected == (adapter.name in ("llava_15", "llava_next_video"))

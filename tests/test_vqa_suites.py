@@ -31,6 +31,7 @@ from vlmbench.suite import Sample
 from vlmbench.suites._official import base
 from vlmbench.suites._official.base import OfficialSuite
 from vlmbench.suites._official.vqa import exact, normalise, vqa_accuracy, vqa_score
+from vlmbench.suites.scienceqa import ScienceQA, ScienceQATrain
 
 Cli = Callable[..., Any]
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -205,6 +206,9 @@ SCHOOL = [
     for number in range(4)
 ]
 PICTURED: list[int | None] = [0, 1, None, None]
+LESSONS = [row | {"question": f"What is lesson {number}?"} for number, row in enumerate(SCHOOL)]
+"""ScienceQA's train split."""
+TAUGHT: list[int | None] = [None, 5, 6, 7]
 N_ROWS = 4
 
 
@@ -259,11 +263,18 @@ def write_scienceqa(folder: Path, layout: str) -> None:
             problems[str(11 + number)] = row | {"image": None if shown is None else "image.png", "split": "test"}
             if shown is not None:
                 write_file(folder / "images" / "test" / str(11 + number) / "image.png", png(shown))
-        write_file(folder / "problems.json", problems | {"1": SCHOOL[0] | {"split": "train"}})
-        write_file(folder / "pid_splits.json", {"train": ["1"], "test": ["11", "12", "13", "14"]})
+        for number, (row, shown) in enumerate(zip(LESSONS, TAUGHT, strict=True)):
+            problems[str(1 + number)] = row | {"image": None if shown is None else "image.png", "split": "train"}
+            if shown is not None:
+                write_file(folder / "images" / "train" / str(1 + number) / "image.png", png(shown))
+        write_file(folder / "problems.json", problems | {"5": SCHOOL[0] | {"split": "val"}})
+        ids = {"train": ["1", "2", "3", "4"], "val": ["5"], "test": ["11", "12", "13", "14"]}
+        write_file(folder / "pid_splits.json", ids)
+        write_file(folder / "captions.json", {"captions": {"1": "A red ball.", "12": "A blue cup.", "5": "A map."}})
         return
-    name = {"parquet": "test.parquet", "full": "ScienceQA-FULL/test-00000-of-00001.parquet"}[layout]
-    write_rows(folder / name, SCHOOL, PICTURED)
+    name = {"parquet": "{}.parquet", "full": "ScienceQA-FULL/{}-00000-of-00001.parquet"}[layout]
+    write_rows(folder / name.format("test"), SCHOOL, PICTURED)
+    write_rows(folder / name.format("train"), LESSONS, TAUGHT)
 
 
 WRITERS: dict[str, tuple[Callable[[Path, str], None], tuple[str, ...]]] = {
@@ -280,7 +291,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Four questions each are the whole data set."""
     for name in WRITERS:
         monkeypatch.setattr(type(make_suite(name)), "n_rows", N_ROWS)
-    monkeypatch.setattr("vlmbench.suites.scienceqa.N_PICTURED", 2)
+    for kind, pictured in ((ScienceQA, 2), (ScienceQATrain, 3)):
+        monkeypatch.setattr(kind, "n_rows", N_ROWS)
+        monkeypatch.setattr(kind, "n_pictured", pictured)
 
 
 def made(tmp_path: Path, name: str, layout: str) -> Path:

@@ -16,7 +16,6 @@ from torch import Tensor
 from vlmbench import cost
 from vlmbench.bench_row import add_note, add_shares, mark_masked, new_row, note_masked, ran_out
 from vlmbench.bench_sides import Sides
-from vlmbench.dense import RANKED
 from vlmbench.errors import UsageError
 from vlmbench.graphs import recorder
 from vlmbench.kernels.block_attention import forget
@@ -143,9 +142,8 @@ class _Bench(Sides):
 
         # The tables of a plan, which belong inside the time, would be made before a recording and never in it.
         recording = make if self.graphs and less.extras.get("block_plan") is None else None
-        in_order = self.shape.tokens > RANKED
         own = self.own_side(self._prepare_and_prefill, ready)
-        best, own = self.race(row, dense, own, make=recording, in_order=in_order)
+        best, own = self.race(row, dense, own, make=recording, in_order=self.ranks_apart)
         if ran.facts.get("masked"):  # what the kernel refused at its launch is known now
             trace.facts["masked"] = True
         note_masked(row, trace)

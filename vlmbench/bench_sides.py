@@ -61,9 +61,14 @@ class Sides:
         sides = {label(each): Side(label(each), call, ready, only(each)) for each in backends(self.device, score_bytes)}
         if prefill and self.device.type == "cuda":
             sides["flex"] = Side("flex", call, ready, partial(self._flex, Flex()))
-        if prefill and tokens > RANKED:
+        if prefill and self.ranks_apart:
             return {name: sides[name] for name in self._ranked() if name in sides}
         return sides
+
+    @property
+    def ranks_apart(self) -> bool:
+        """Whether the prompt is so long that the dense kernels of its prefill are ranked on one layer's attention."""
+        return self.shape.tokens > RANKED
 
     def _ranked(self) -> list[str]:
         """The kernels that run, the fastest for one layer's heads at `RANKED` tokens first."""

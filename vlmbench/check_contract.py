@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmbench.cache import lengths
+from vlmbench.composed import neutral_of
 from vlmbench.engine import Generation, TorchBackend, generate
 from vlmbench.errors import UsageError
 from vlmbench.machine import load_backend
@@ -145,7 +146,7 @@ def restores(subject: Subject) -> None:
 
 def neutral(subject: Subject) -> str:
     """The neutral setting equals full attention through the method's own path, up to the order of sums."""
-    setting = type(subject.method).neutral()
+    setting = neutral_of(subject.method)
     if setting is None:
         raise Skipped("no setting of it equals full attention")
     full = subject.answer(subject.full, [subject.clip()]).done
@@ -167,6 +168,8 @@ def acts(subject: Subject) -> str:
         raise Skipped(
             f"nothing to do on {subject.frames} frames ({answer.trace.reason}); give --frames a larger number"
         )
+    if subject.method.traits.exact:
+        raise Skipped("it changes where something is computed and no answer")
     full = subject.answer(subject.full, [subject.clip()]).done
     same_cache = all(map(_same, _held(answer.done), _held(full)))
     if same_cache and torch.equal(answer.done.first_logits, full.first_logits):
@@ -203,6 +206,8 @@ def counts(subject: Subject) -> str:
 
 def reads(subject: Subject) -> None:
     """A prompt without pictures is answered as by full attention, unless something was trained, and marked."""
+    if "weights" in subject.method.traits.takes:
+        raise Skipped("what it does to weights has nothing to do with pictures")
     full = subject.answer(subject.full, []).done
     answer = subject.answer(subject.method, [])
     if not subject.method.traits.trained:

@@ -126,6 +126,8 @@ def fit(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Hub revision of the weights.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="Where data sets lie; generated suites need none.")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Fit with the data that is there.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
@@ -147,6 +149,8 @@ def fit(
         device=device,
         dtype=dtype,
         revision=revision,
+        data_root=data_root,
+        allow_partial=allow_partial,
         offline=offline,
         seed=seed,
         debug=debug,

@@ -6,6 +6,7 @@ differ in anything but the questions; what they differ in stands below, since it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -16,6 +17,7 @@ from vlmbench.explain import explain
 from vlmbench.fidelity import fidelity
 from vlmbench.loaded import Loaded
 from vlmbench.plain import cell
+from vlmbench.record import SCHEMA
 from vlmbench.report import paired_ratio, span_seconds
 from vlmbench.tables import SPANS, p_text
 
@@ -48,9 +50,14 @@ def compare(a: Loaded, b: Loaded) -> list[Row]:
     rows = [*_accuracy(a, b), *_times(a, b), *_memory(a, b)]
     if not rows:
         raise UsageError(
-            f"{a.view.folder} and {b.view.folder} hold no sample in common; run both with the same --limit."
+            f"{a.view.folder} and {b.view.folder} hold no sample in common{_damaged(a, b)}; run both with the same --limit."
         )
     return rows
+
+
+def _damaged(*runs: Loaded) -> str:
+    lines = sum(len(run.view.records.damaged) for run in runs)
+    return f" ({lines} damaged lines are left out)" if lines else ""
 
 
 def _row(quantity: str, kind: str, value: float | None, n: int, **more: Any) -> Row:
@@ -121,6 +128,18 @@ def _memory(a: Loaded, b: Loaded) -> list[Row]:
     return rows
 
 
+def warnings(a: Loaded, b: Loaded) -> list[str]:
+    """What makes the pairs doubtful: other questions or files under the same ids."""
+    differ = {row["field"] for row in explain(a, b)}
+    other = [name for name in ("suite_version", "suite_hash") if name in differ]
+    return [f"the same id may be another question (another {' and '.join(other)}): run one of them again"] * bool(other)
+
+
+def to_json(rows: Sequence[Mapping[str, Any]], a: Loaded, b: Loaded) -> str:
+    """``{"schema": 1, "rows": […], "warnings": […]}``"""
+    return json.dumps({"schema": SCHEMA, "rows": list(rows), "warnings": warnings(a, b)}, indent=1) + "\n"
+
+
 def to_markdown(rows: Sequence[Mapping[str, Any]], a: Loaded, b: Loaded) -> str:
     lines = ["| B against A | A | B | | n |", "| --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
@@ -132,10 +151,7 @@ def to_markdown(rows: Sequence[Mapping[str, Any]], a: Loaded, b: Loaded) -> str:
     differ = [row["field"] for row in explain(a, b) if row["changes"] != "time" or row["field"] in ("card", "threads")]
     said = f"differ in {', '.join(differ)}" if differ else "differ in nothing that can change answers"
     lines.append(f"- A and B {said}; `vlmbench explain A B` says what that does")
-    if other := [name for name in ("suite_version", "suite_hash") if name in differ]:
-        lines.append(
-            f"- **the same id may be another question** (another {' and '.join(other)}): run one of them again"
-        )
+    lines += [f"- **{each}**" for each in warnings(a, b)]
     lines.append("- differences are B − A; × above 1: B is faster; brackets are 95 % intervals clustered by video")
     return "\n".join(lines) + "\n"
 

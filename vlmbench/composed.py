@@ -121,7 +121,9 @@ class Composed(Method):
             known[0].tokens,
             _least(each.pairs for each in known),
             _least(each.neurons for each in known),
+            own_flops=sum(each.own_flops for each in known),
             own_bytes=sum(each.own_bytes for each in known),
+            own_read=sum(each.own_read for each in known),
         )
 
     def _seen(

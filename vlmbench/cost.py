@@ -51,6 +51,6 @@ def prefill(work: Work, shapes: Shapes, size: int, batch: int = 1) -> Cost:
 
 
 def decode(work: Work, shapes: Shapes, size: int) -> Cost:
-    """One generated token (`Method.decode_work`): weights of the neurons that it uses, and the keys that it sees."""
+    """One generated token (`Method.decode_work`): weights of the neurons that it uses, keys that it sees, a method's own."""
     keys = 2 * shapes.kv_heads * shapes.head_dim * size * sum(work.pairs)
-    return Cost(works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + keys)
+    return Cost(works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + keys + work.own_read)

@@ -106,16 +106,17 @@ def prefix_of(adapter: ModelAdapter, done: Generation, question: str, captions: 
     Raises `ValueError` when there is nothing visual to keep.
     """
     prompt = done.prompt
-    length = max((span.stop for span in prompt.layout if span.kind != "text"), default=0)
-    if not length:
+    if all(span.kind == "text" for span in prompt.layout):
         raise ValueError("the prompt holds no visual token whose keys the next question could reuse")
+    before, behind = adapter.text_ids(done.clips, question, captions)
+    length = prompt.length - len(behind)  # a frame that lost all of its tokens may have text behind it
     return Prefix(
         cache=done.cache,
         length=length,
         position=prompt.positions[..., length : length + 1],
         next_position=prompt.next_position - (prompt.length - length),
         clips=done.clips,
-        text=adapter.text_ids(done.clips, question, captions)[0],
+        text=before,
     )
 
 
@@ -185,6 +186,7 @@ class TorchBackend(Backend):
         return self._identity
 
     def check(self, method: Method) -> None:
+        self.adapter.check_prompted()
         method.check(self.adapter)
 
     @contextmanager
@@ -308,7 +310,12 @@ class TorchBackend(Backend):
         if pass_ == "accuracy":
             outcome.raw_text = adapter.processor.tokenizer.decode(done.token_ids, skip_special_tokens=True)
             outcome.first_token = first_token(done.first_logits)
-            outcome.work = work.to_json(method.work(done.prompt, adapter.shapes, trace), adapter.shapes)
+            counted = method.work(done.prompt, adapter.shapes, trace)
+            outcome.work = {
+                **work.to_json(counted, adapter.shapes),
+                "visual_tokens": work.visual_tokens(counted, done.prompt.length, done.prompt.layout.n_visual),
+                "kv_bytes": cache_bytes(done.cache)[0],
+            }
         return outcome
 
     def best_dense_kernel(self) -> str:

@@ -95,6 +95,8 @@ def fit(
 def _one_length(request: RunRequest) -> None:
     """Refuse videos of several lengths: the first questions are all of one, and what is chosen for it is not for others."""
     suite = make_suite(request.suite)
+    if request.data_root is not None:
+        suite = suite.located(request.data_root, allow_partial=request.allow_partial, offline=request.offline)
     lengths = dict.fromkeys(sample.strata.get("length", "") for sample in suite.samples("train"))
     if len(lengths) > 1:
         known = list(lengths)

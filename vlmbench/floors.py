@@ -15,6 +15,7 @@ from vlmbench.errors import RunError, UsageError
 from vlmbench.files import write_json
 from vlmbench.header import now
 from vlmbench.record import SCHEMA
+from vlmbench.spec import joined
 from vlmbench.tables import SPANS
 
 METRICS = (*(f"speedup_{span}" for span in SPANS), "accuracy_delta")
@@ -53,7 +54,7 @@ class Key(NamedTuple):
 
     @property
     def method_spec(self) -> str:
-        return f"{self.method}:{self.params}" if self.params else self.method
+        return joined(self.method, self.params)
 
     @property
     def text(self) -> str:

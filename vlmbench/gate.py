@@ -18,7 +18,7 @@ from vlmbench.errors import UsageError
 from vlmbench.floors import METRICS, Baseline, Key
 from vlmbench.gate_runs import Measured, measured
 from vlmbench.loaded import BASELINE
-from vlmbench.spec import parse
+from vlmbench.spec import Spec, parse_chain
 from vlmbench.tables import SPANS
 
 WIDE = 0.05
@@ -141,16 +141,23 @@ def _typed(
 
 def _named(runs: Sequence[Measured], text: str, option: str) -> list[Measured]:
     """Runs of a method spec; parameters that it does not name may be any."""
-    spec = parse(text)
-    found = [
-        run
-        for run in runs
-        if run.key.method == spec.name and spec.params.items() <= parse(f"m:{run.key.params}").params.items()
-    ]
+    chain = parse_chain(text)
+    found = [run for run in runs if _is(chain, run.key.method_spec)]
     if not found:
         there = ", ".join(dict.fromkeys(run.key.method_spec for run in runs))
         raise UsageError(f"{option} names {text}, which the folder does not hold; it holds {there}.")
     return found
+
+
+def _is(named: Sequence[Spec], stored: str) -> bool:
+    """The same methods in the same order, with the parameters that are named; a stored name may be any text."""
+    try:
+        run = parse_chain(stored)
+    except UsageError:
+        return False
+    return [each.name for each in named] == [each.name for each in run] and all(
+        one.params.items() <= other.params.items() for one, other in zip(named, run, strict=True)
+    )
 
 
 def _estimate(run: Measured, metric: str) -> stats.Estimate:

@@ -57,7 +57,7 @@ def make_header(
         "hash": answer.hash,
         "spec": dataclasses.asdict(answer),
         "given": dict(given),
-        "traits": None if traits is None else {**dataclasses.asdict(traits), "stages": sorted(traits.stages)},
+        "traits": None if traits is None else _listed(traits),
         "suite_hash": suite_hash,
         "frame_rule": frame_rule or answer.sampler,
         "seed": answer.seed,
@@ -77,6 +77,12 @@ def make_header(
         **source(),
         "facts": facts,
     }
+
+
+def _listed(traits: Traits) -> dict[str, Any]:
+    """Sets as sorted lists."""
+    found = dataclasses.asdict(traits)
+    return {name: sorted(value) if isinstance(value, frozenset) else value for name, value in found.items()}
 
 
 SESSION_FIELDS = ("given", "measure", "device", "driver", "kernels", "versions", "commit", "dirty", "facts")
@@ -108,6 +114,8 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read ({error}); delete it and start the run again.") from error
     if not isinstance(header, dict) or header.get("schema") != SCHEMA:
         raise UsageError(f"{path} was written by another version of vlmbench; use that version, or another --out.")
+    if not isinstance(header.get("spec"), dict):
+        raise UsageError(f"{path} does not say what was run (spec); delete its folder and start the run again.")
     return header
 
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from vlmbench import aside, header, stats
 from vlmbench.errors import UsageError
-from vlmbench.loaded import Loaded, texts
+from vlmbench.loaded import Loaded, typed
 from vlmbench.record import FINISHED, SCHEMA
 from vlmbench.runner import Runner, accuracy, interleaved
 from vlmbench.session import Session
-from vlmbench.spec import Spec, params_of
+from vlmbench.spec import joined, params_of
 from vlmbench.store import RunView
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _answer(request: RunRequest, session: Session, method: Method, frames: int |
     """The accuracy pass of one method at one frame count, as ``run --frames`` would store it."""
     asked = replace(
         request,
-        methods=(str(Spec(method.name, texts(params_of(method)))),),
+        methods=(joined(method.name, typed(params_of(method))),),
         frames=frames,
         baseline=False,
         mode="accuracy",
@@ -290,4 +290,4 @@ def _nearest(climb: Climb) -> str:
 
 
 def _name(method: Method) -> str:
-    return str(Spec(method.name, texts(params_of(method) | method.fitted())))
+    return joined(method.name, typed(params_of(method) | method.fitted()))

@@ -120,7 +120,21 @@ class Prompt:
             raise ValueError(f"the last prompt token {self.length - 1} must be kept; keep ends with {order[-1:]}")
         if any(a >= b for a, b in pairwise(order)):
             raise ValueError("keep must be sorted and without repeats")
-        device = keep.to(self.embeds.device)
+        device, layout = keep.to(self.embeds.device), self.layout.select(order)
         return replace(
-            self, embeds=self.embeds[:, device], positions=self.positions[..., device], layout=self.layout.select(order)
+            self,
+            embeds=self.embeds[:, device],
+            positions=self.positions[..., device],
+            layout=layout,
+            extras=select_extras(self.extras, layout, order),
         )
+
+
+def select_extras(extras: Mapping[str, Any], layout: TokenLayout, keep: list[int]) -> dict[str, Any]:
+    """A prompt's extras when only its tokens at the sorted indices `keep` are left, which `layout` describes.
+
+    What speaks of single tokens has a method ``selected(layout, keep)``; all else stays as it is.
+    """
+    return {
+        name: value.selected(layout, keep) if hasattr(value, "selected") else value for name, value in extras.items()
+    }

@@ -102,7 +102,7 @@ def shapes(
         from vlmbench.models.presets import head_shape
 
         if preset not in PRESETS:
-            raise UsageError(f"No preset is called {preset!r}.{nearest(preset, PRESETS)}")
+            raise UsageError(f"No preset is called {preset!r} (known: {', '.join(PRESETS)}).{nearest(preset, PRESETS)}")
         heads, kv_heads, head_dim = head_shape(preset)
     one = Shape(frames, frame_tokens, heads, kv_heads, head_dim, batch, preset, text_tokens)
     if tokens is None:

@@ -50,6 +50,8 @@ class Traits:
     masked: bool = False
     """True: computes the dense amount and masks; its time says nothing about the method. A method that does so only on
     some devices says ``trace.facts["masked"]`` instead."""
+    exact: bool = False
+    """True: it changes where or when something is computed and no answer; what it gives is full attention's, bit for bit."""
     prefix_reusable: bool = False
     """True: keys and values up to the last visual token do not depend on the text behind it, so the next question on the
     same media may be prefilled behind them (`engine.generate_next`). Its tokens then pass what `install` put there as
@@ -57,6 +59,19 @@ class Traits:
     for each sample, may not."""
     stages: frozenset[str] = frozenset()
     """Of {"frames", "vision", "prompt", "prefill", "decode"}: where it acts."""
+    takes: frozenset[str] = frozenset()
+    """Of `TAKEN`: what of the model is this method's alone, so that no method joined with it by ``+`` may take it too."""
+
+
+TAKEN = {
+    "attention": "the attention of the language model",
+    "ffn": "the FFNs of the language model",
+    "tower": "the blocks of the vision tower",
+    "cache": "which tokens a layer's cache holds",
+    "weights": "the weights of the language model",
+    "visual": "the visual tokens, of which it leaves none in the prompt",
+}
+"""`Traits.takes` in words."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,16 @@ class Work:
     """None where the method leaves the tower as it is."""
     own_flops: int = 0
     """Of the language model beside its layers' own products: what the method adds."""
+    own_bytes: int = 0
+    """Held beside weights and cache: copies that the method makes."""
+    own_read: int = 0
+    """Bytes of one generated token that are read beside weights and cache."""
+
+
+def one_token(keys: int, shapes: Shapes) -> Work:
+    """A generated token that sees `keys` keys, its own included, in every layer, and uses every neuron."""
+    layers = shapes.layers
+    return Work((1,) * layers, (keys,) * layers, (shapes.intermediate,) * layers)
 
 
 class Method(ABC):
@@ -102,6 +127,10 @@ class Method(ABC):
 
     def fit(self, suite: Suite) -> None:
         """Learn what the method needs from the suite's train split. Called once, before the first sample."""
+
+    def unlike(self, frames: int | None, sampler: str) -> str:
+        """A sentence when what `fit` found saw videos in another way than this run shows them; else nothing."""
+        return ""
 
     def search(self, fitting: Fitting) -> Fitted:
         """What ``vlmbench fit`` writes: parameters chosen for the loaded model on the suite's train split.
@@ -132,6 +161,15 @@ class Method(ABC):
         n = prompt.length
         layers = shapes.layers
         return Work((n,) * layers, (n * (n + 1) // 2,) * layers, (shapes.intermediate,) * layers)
+
+    def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work | None:
+        """Counted work of the generated token `step` (0 reads the prompt and itself) behind the prepared prompt.
+
+        `size` is the bytes of a number. None where it is not known: by default of a method that acts in decode.
+        """
+        if "decode" in self.traits.stages:
+            return None
+        return one_token(prompt.length + step + 1, shapes)
 
     def answer(self, sample: Sample) -> str:
         """The answer of a method that never calls the model (`Traits.uses_model` False)."""

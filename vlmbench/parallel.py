@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vlmbench.errors import UsageError
-from vlmbench.method import Method, Work
+from vlmbench.method import Method, Work, one_token
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,6 +82,10 @@ class ParallelEncoding(Method):
         if trace.facts.get("masked"):  # every pair is computed, those above the diagonal too
             return replace(dense, pairs=(prompt.length**2,) * shapes.layers)
         return replace(dense, pairs=(plan.pairs,) * shapes.layers)
+
+    def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work:
+        """Every key is read, also where some are weighed differently."""
+        return one_token(prompt.length + step + 1, shapes)
 
 
 def require_empty_cache(q: Tensor, k: Tensor, plan: Plan) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -76,6 +77,23 @@ class Patcher:
         """Replace the forward of this one instance."""
         self.attr(module, "forward", fn)
 
+    def swap(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Put another module in the place of `parent`'s child `name`. Hooks on the old one are not called meanwhile."""
+        old = getattr(parent, name)
+        setattr(parent, name, module)
+        self._undo.callback(setattr, parent, name, old)
+
+    def on_host(self, module: nn.Module) -> None:
+        """Keep a module's parameters on the host, pinned, where they are on a card; undone bit for bit.
+
+        Parameters are exchanged and not written to: those that were loaded in inference mode cannot be.
+        """
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is not None and parameter.device.type == "cuda":
+                    self._undo.callback(_exchange, owner, name, partial(_to, device=parameter.device))
+                    _exchange(owner, name, lambda card: card.cpu().pin_memory())
+
     def attention(self, fn: AttentionFn, layers: Iterable[int] | None = None) -> None:
         """Attend through `fn` in these layers of the language model (all by default); the others keep their own way."""
         text = self.adapter.text
@@ -88,6 +106,16 @@ class Patcher:
             self.attr(layer.self_attn, "vlmbench_attention", fn if index in chosen else own)
         self._undo.callback(text.set_attn_implementation, before)
         text.set_attn_implementation(ATTENTION)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.to(device)
+
+
+def _exchange(owner: nn.Module, name: str, moved: Callable[[Tensor], Tensor]) -> None:
+    old = owner._parameters[name]
+    assert old is not None  # noqa: S101 (only those that are there are exchanged)
+    owner._parameters[name] = nn.Parameter(moved(old.detach()), requires_grad=old.requires_grad)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vlmbench.loaded import BASELINE, Loaded
 from vlmbench.plain import printable
 from vlmbench.report import span_seconds
-from vlmbench.spec import parse
+from vlmbench.spec import joined, parse
 from vlmbench.stats import MIN_CLUSTERS, t_quantile
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        return f"{self.run.method}:{self.run.params}" if self.run.params else self.run.method
+        return joined(self.run.method, self.run.params)
 
     @property
     def length(self) -> int | None:
@@ -61,7 +61,7 @@ def labels(points: Sequence[Point]) -> dict[str, str]:
         own = parse(f"m:{run.params}").params
         differ = [key for key in own if any(other.get(key) != own[key] for other in twins)]
         shown = ",".join(f"{key}={own[key]}" for key in differ)
-        found[name] = text(f"{run.method}:{shown}" if shown else run.method)
+        found[name] = text(joined(run.method, shown))
     return found
 
 

@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vlmbench.spec import joined
+
 Row = Mapping[str, Any]
 
 HEAD = "| method | visual tokens | accuracy | against full | same answer | prefill × | end to end × | KV, MiB | marks |"
@@ -34,7 +36,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _line(row: Row) -> str:
-    name = f"{row['method']}:{row['params']}" if row["params"] and row["method"] != "prior" else row["method"]
+    name = row["method"] if row["method"] == "prior" else joined(row["method"], row["params"] or "")
     cells = [
         f"`{name}`",
         _show(row["n_visual_tokens"], "{:.0f}"),
@@ -83,7 +85,7 @@ BENCH_HEAD = (
 )
 BENCH_NOTE = (
     "Medians of interleaved rounds; × is dense over method (above 1 is faster) with its 95 % interval. `at most` is dense "
-    "pairs over the method's in attention and dense FLOPs over the method's elsewhere; `share of it` is the ratio over that. "
+    "over the method's: pairs in attention, bytes read in decode, FLOPs elsewhere; `share of it` is the ratio over that. "
     "`matrix rate` and `bandwidth` are the method's shares of what the device reached on a large product and a large copy. "
     "Empty cells were not measured. Every column: [how we time](../../docs/how-we-time.md)."
 )
@@ -111,7 +113,7 @@ def bench_table(rows: Sequence[tuple[str, Row]]) -> str:
 
 
 def _bench_line(name: str, row: Row) -> str:
-    limit = row["pairs_limit"] if row["op"] == "attention" else row.get("flops_limit")
+    limit = row.get({"attention": "pairs_limit", "decode": "bytes_limit"}.get(row["op"], "flops_limit"))
     share = row["ratio"] / limit if limit and row["ratio"] is not None else None
     layers = f", {row['layers']} of {row['model_layers']} layers" if row.get("layers") and row["per_layer"] else ""
     ratio = _show(row["ratio"], "{:.2f}")
@@ -139,16 +141,24 @@ def _bench_line(name: str, row: Row) -> str:
 
 
 def machine_texts(root: Path) -> dict[Path, str]:
-    """``bench.md`` of every machine with bench rows and ``pevlm.md`` of every one with claims, as they should read."""
-    from vlmbench.claims_text import to_markdown
+    """``bench.md`` of every machine with bench rows, and the report beside every study's rows, as they should read."""
+    from vlmbench import claims_text, density, memvp_text, methods_text, needles_text
 
+    reports = {
+        "pevlm": claims_text,
+        "kernels": density,
+        "memvp": memvp_text,
+        "mminference": needles_text,
+        "methods": methods_text,
+    }
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if rows := bench_rows(folder):
             title = f"# Bench rows on {folder.name}\n\n{_versions(folder)}"
             found[folder / "bench.md"] = f"{title}{bench_table(rows)}\n"
-        if (claims := folder / "pevlm.json").exists():
-            found[folder / "pevlm.md"] = to_markdown(json.loads(claims.read_text(encoding="utf-8")))
+        for name, text in reports.items():
+            if (rows_of := folder / f"{name}.json").exists():
+                found[folder / f"{name}.md"] = text.to_markdown(json.loads(rows_of.read_text(encoding="utf-8")))
     return found
 
 

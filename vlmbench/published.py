@@ -12,6 +12,7 @@ from typing import Any
 
 from vlmbench.errors import UsageError
 from vlmbench.plain import cell, code, note
+from vlmbench.spec import joined
 from vlmbench.tables import COLUMNS
 
 SCHEMA = 1
@@ -109,7 +110,7 @@ def to_markdown(found: Sequence[Row]) -> str:
                 "",
                 "measured here",
             )
-            name = f"{row['method']}:{own['params']}" if own["params"] else row["method"]
+            name = joined(row["method"], own["params"] or "")
             lines.append(f"| {code(name)} | {' | '.join(map(cell, ours))} |")
     used = dict.fromkeys((row["method"], row["source"]) for row in found)
     lines += ["", *(f"- {note(f'{method}: {source}')}" for method, source in used)]

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from vlmbench import aside, header, stats
 from vlmbench.errors import UsageError
-from vlmbench.loaded import INACTIVE_LIMIT, texts
+from vlmbench.loaded import INACTIVE_LIMIT, typed
 from vlmbench.record import SCHEMA
 from vlmbench.session import Session, make_methods
-from vlmbench.spec import Spec, params_of
+from vlmbench.spec import joined, params_of
 
 if TYPE_CHECKING:
     from vlmbench.backend import Backend, Outcome
@@ -278,7 +278,7 @@ def to_text(session: Session, rows: Sequence[Mapping[str, Any]], k: int, n_video
     for row in rows:
         seconds = [_shown(row[name], ".4g") for name in ("first_s", "next_s", "e2e_s", "separate_e2e_s")]
         ratios = [_interval(row, name) for name in ("speedup_reuse", "speedup_e2e")]
-        name = f"`{Spec(row['method'], texts(row['params']))}`".replace("|", "\\|")
+        name = f"`{joined(row['method'], typed(row['params']))}`".replace("|", "\\|")
         cells = [name, *seconds, *ratios, _shown(row["same_tokens"], ".2f")]
         lines.append(f"| {' | '.join(cells)} |")
     request, identity = session.request, session.backend.identity

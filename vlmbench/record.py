@@ -119,7 +119,7 @@ class SampleRecord:
 
     @classmethod
     def from_line(cls, line: str | bytes, *, skim: bool = False) -> SampleRecord:
-        """Parse one line. Raises `ValueError` when it is torn, its checksum fails, or another version wrote it.
+        """Parse one line. Raises `ValueError` when it is torn, its checksum fails, another version wrote it, or it holds NaN.
 
         With `skim`, which is for tables over many thousand lines that were verified before, frames are counted and not
         read (each is `UNREAD`), and the lists that `work` has for each layer are left empty: that halves the time.
@@ -130,8 +130,10 @@ class SampleRecord:
             line, frames = _skimmed(line)
         else:
             peek(line)
-        data = json.loads(line.decode())
+        data = json.loads(line.decode(), parse_constant=_refuse)
         del data["crc"], data["schema"]
+        if type(data.get("score", 0.0)) not in (int, float):
+            raise ValueError(f"its score is {data['score']!r}, not a number")
         try:
             data["pass_"] = data.pop("pass")
             data["timing"] = _timing(data["timing"]) if data["timing"] else None
@@ -143,6 +145,10 @@ class SampleRecord:
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"record written by another version of vlmbench ({error})") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is not a number")
 
 
 # Inside a JSON string every quote is escaped, so neither is ever found there.

@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vlmbench.chunked import PATCHES
 from vlmbench.graphs import NotRecordedError, Recorded, Recorder
@@ -135,7 +135,10 @@ def prefill(
     adapter: ModelAdapter, recorder: Recorder, prepare: Callable[[], Prompt], run: Callable[[Prompt], Tensor]
 ) -> Prefill:
     """Record `run` on what `prepare` gives. Raises `NotRecordedError`."""
-    held = prepare()
+    given = prepare()
+    # Expanded tensors cannot be written to.
+    extras = tree_map_only(Tensor, Tensor.contiguous, given.extras)
+    held = replace(given, positions=given.positions.contiguous(), extras=extras)
     with without_masks(adapter):
         run(held)
         recorded = recorder.record(lambda: run(held))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlmbench.ahead import Ahead
 from vlmbench.backend import Backend, Outcome
+from vlmbench.composed import join, parts_of
 from vlmbench.errors import RunError, UsageError
 from vlmbench.frame_cache import FrameCache
 from vlmbench.header import SESSION, make_header, read_header
@@ -96,6 +97,8 @@ class Session:
             self.decoder = self._open.enter_context(Decoder(self.decoder_name, DECODE_TIMEOUT_S, cache))
             self._open.callback(self._stop_ahead)
             self.entries = []
+            for said in filter(None, (method.unlike(self.frames, self.sampler) for method in self.methods)):
+                self.progress.note(said)
             for method in self.methods if self._stored else ():
                 answer = self._answer_spec(method)
                 header = self._header(answer, method)
@@ -118,7 +121,7 @@ class Session:
         identity = self.backend.identity
         return (
             f"{identity.model} on {identity.device_name} ({identity.dtype}, {identity.attention_kernel}), "
-            f"{self.suite.name}: {len(self.samples)} questions, {self.frames or 'all'} frames ({self.sampler}, "
+            f"{self.suite.said}: {len(self.samples)} questions, {self.frames or 'all'} frames ({self.sampler}, "
             f"{self.decoder_name}), results in {self.request.out}"
         )
 
@@ -313,8 +316,9 @@ class Session:
             for field in fields(request)
             if (value := getattr(request, field.name)) != field.default
         }
-        source = inspect.getsourcefile(type(method))
-        digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:10] if source else ""
+        sources = [inspect.getsourcefile(type(part)) for part in parts_of(method)]
+        code = b"".join(Path(source).read_bytes() for source in sources if source)
+        digest = hashlib.sha256(code).hexdigest()[:10] if code else ""
         header = make_header(
             answer,
             measure,
@@ -359,10 +363,7 @@ def make_methods(texts: Sequence[str]) -> list[Method]:
     """The method of every spec; two specs that resolve to the same are one method. Raises `UsageError`."""
     found: dict[str, Method] = {}
     for text in texts:
-        chain = parse_chain(text)
-        if len(chain) > 1:
-            raise UsageError(f"{text!r} joins methods with +, which is not possible yet; give one --method for each.")
-        method = build(method_registry.load(chain[0].name), chain[0], "Method")
+        method = join([build(method_registry.load(spec.name), spec, "Method") for spec in parse_chain(text)])
         found.setdefault(repr(method), method)
     return list(found.values())
 

@@ -11,12 +11,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from vlmbench.composed import Composed
 from vlmbench.errors import UsageError
 
 T = TypeVar("T")
@@ -48,7 +50,7 @@ def parse(text: str, bare: str | None = None) -> Spec:
     if not name:
         raise UsageError(f"{text!r} has no name; write name or name:key=value,key=value.")
     params: dict[str, str] = {}
-    for number, part in enumerate(_split(rest, ",")):
+    for number, part in enumerate(filter(str.strip, _split(rest, ","))):
         if bare and number == 0 and ("=" not in part or part.strip()[0] in "'\""):
             params[bare] = _unquote(part.strip())
             continue
@@ -62,9 +64,26 @@ def parse(text: str, bare: str | None = None) -> Spec:
     return Spec(name, params)
 
 
+def joined(method: str, params: str) -> str:
+    """The spec that names a stored method again: `params` are its ``key=value,…``.
+
+    Methods joined with ``+`` are stored under their names (``turbo+pevlm``), each key under its method's (``turbo.r=8``).
+    """
+    if "+" not in method:
+        return f"{method}:{params}" if params else method
+    own: dict[str, dict[str, str]] = {name: {} for name in method.split("+")}
+    for key, value in parse(f"m:{params}").params.items():
+        name, _, short = key.rpartition(".")
+        own[name][short] = value
+    return "+".join(str(Spec(name, each)) for name, each in own.items())
+
+
 def parse_chain(text: str) -> tuple[Spec, ...]:
-    """Parse method specs joined by ``+``, in the order in which they apply."""
-    return tuple(parse(part) for part in _split(text, "+")) or (parse(text),)
+    """Parse method specs joined by ``+``, in the order in which they apply. Raises `UsageError` when one of them is missing."""
+    parts = _split(text, "+")
+    if len(parts) > 1 and not all(map(str.strip, parts)):
+        raise UsageError(f"{text!r} lacks a method beside a +; write name+name.")
+    return tuple(map(parse, parts))
 
 
 def slug(text: str) -> str:
@@ -90,13 +109,22 @@ def build(cls: type[T], spec: Spec, what: str) -> T:
     for key, text in spec.params.items():
         if key not in fields:
             keys = ", ".join(fields) or "none"
-            raise UsageError(f"{what} {spec.name!r} has no key {key!r} (its keys: {keys}).{nearest(key, fields)}")
+            bare = getattr(cls, "bare", None)  # what may stand alone behind the colon, a path mostly
+            quotes = f" Put the {bare} in quotes where it holds a comma." if bare else ""
+            raise UsageError(
+                f"{what} {spec.name!r} has no key {key!r} (its keys: {keys}).{nearest(key, fields)}{quotes}"
+            )
         values[key] = _convert(text, hints[key], f"{spec.name}:{key}")
     return cls(**values)
 
 
 def params_of(instance: Any) -> dict[str, Any]:
-    """Every parameter of a method or suite as resolved, defaults included (but see `LATER`), ready for JSON."""
+    """Every parameter of a method or suite as resolved, defaults included (but see `LATER`), ready for JSON.
+
+    Of methods joined with ``+`` each one's under its name: ``turbo.r``.
+    """
+    if isinstance(instance, Composed):
+        return {f"{part.name}.{key}": value for part in instance.parts for key, value in params_of(part).items()}
     found = {f: getattr(instance, f.name) for f in dataclasses.fields(instance) if f.init}
     return {f.name: value for f, value in found.items() if value is not None or not f.metadata.get("later")}
 
@@ -154,7 +182,7 @@ class MeasureSpec:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at `separator` outside quotes; empty parts are dropped."""
+    """Split at `separator` outside quotes."""
     parts, quote, current = [], "", ""
     for char in text:
         if quote:
@@ -168,7 +196,7 @@ def _split(text: str, separator: str) -> list[str]:
         current += char
     if quote:
         raise UsageError(f"{text!r} has an opening quote {quote} that is never closed.")
-    return [part for part in (*parts, current) if part.strip()]
+    return [*parts, current]
 
 
 def _unquote(text: str) -> str:
@@ -196,8 +224,10 @@ def _convert(text: str, hint: Any, where: str) -> Any:
         return text.lower() in ("true", "on", "1")
     if hint in (int, float):
         try:
-            return hint(text)
-        except ValueError:
-            kind = "a whole number" if hint is int else "a number"
-            raise UsageError(f"{where} must be {kind}, not {text!r}.") from None
+            value = hint(text)
+            if math.isfinite(value):  # a NaN passes every check of a range, and infinity times 0 is one
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise UsageError(f"{where} must be {'a whole' if hint is int else 'a finite'} number, not {text!r}.")
     return text

@@ -33,7 +33,7 @@ class Records(Mapping[tuple[str, Pass], SampleRecord]):
 
     def __init__(self, path: Path, skim: bool = False) -> None:
         """Read and verify every line of `path`; a missing file is an empty one. For `skim` see `SampleRecord.from_line`."""
-        self._skim = skim
+        self._path, self._skim = path, skim
         self._found: dict[tuple[str, Pass], bytes | SampleRecord] = {}
         self._status: dict[tuple[str, Pass], Status] = {}
         self.damaged: list[int] = []
@@ -53,7 +53,13 @@ class Records(Mapping[tuple[str, Pass], SampleRecord]):
     def __getitem__(self, key: tuple[str, Pass]) -> SampleRecord:
         found = self._found[key]
         if isinstance(found, bytes):
-            found = self._found[key] = SampleRecord.from_line(found, skim=self._skim)
+            try:
+                found = self._found[key] = SampleRecord.from_line(found, skim=self._skim)
+            except ValueError as error:
+                name, pass_ = key
+                raise UsageError(
+                    f"{self._path}: the {pass_} record of {name} cannot be used ({error}); delete its line and run again."
+                ) from error
         return found
 
     def __iter__(self) -> Iterator[tuple[str, Pass]]:

@@ -80,6 +80,11 @@ class Suite(ABC):
         return ""
 
     @property
+    def said(self) -> str:
+        """The suite in the line that says what is about to run: with what one should know of its questions."""
+        return self.name
+
+    @property
     def scored(self) -> bool:
         """False when no question has a reference answer: methods are then only compared with full attention."""
         return True

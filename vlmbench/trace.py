@@ -17,14 +17,48 @@ class Trace:
     """Densities, recalls, plans: small and ready for JSON."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """What one stage of a method hands to a later one (tensors too), under the method's name; never written anywhere."""
-    applied: bool = True
-    reason: str = ""
     sample_id: str = ""
     """Set by the engine; what is random in a method is drawn from it, so that every run draws the same."""
+    parts: dict[str, Trace] = field(default_factory=dict)
+    """Of methods joined with ``+``: each one's, see `part`."""
+    _idle: str | None = None
+    """Why there was nothing to do."""
+
+    @property
+    def applied(self) -> bool:
+        """Whether the method, or any of several joined ones, had something to do on this sample."""
+        return any(each.applied for each in self.parts.values()) if self.parts else self._idle is None
+
+    @applied.setter
+    def applied(self, applied: bool) -> None:
+        self._idle = None if applied else self._idle or ""
+
+    @property
+    def reason(self) -> str:
+        """Why it had not."""
+        if self.parts:
+            return "" if self.applied else "; ".join(f"{name}: {why}" for name, why in self.idle.items())
+        return self._idle or ""
+
+    @reason.setter
+    def reason(self, reason: str) -> None:
+        if self._idle is not None:
+            self._idle = reason
+
+    @property
+    def idle(self) -> dict[str, str]:
+        """Of joined methods those that had nothing to do, and why."""
+        return {name: each.reason for name, each in self.parts.items() if not each.applied}
+
+    def part(self, name: str) -> Trace:
+        """What one of several joined methods sees: all of this but whether the others had something to do."""
+        if name not in self.parts:
+            self.parts[name] = Trace(self.kept, self.facts, self.scratch, self.sample_id)
+        return self.parts[name]
 
     def inactive(self, reason: str) -> None:
         """The method had nothing to do on this sample, and why."""
-        self.applied, self.reason = False, reason
+        self._idle = reason
 
     def reset(self, sample_id: str) -> None:
         """Forget the earlier sample."""
@@ -32,11 +66,14 @@ class Trace:
         self.kept.clear()
         self.facts.clear()
         self.scratch.clear()
-        self.applied, self.reason = True, ""
+        self._idle = None
+        for each in self.parts.values():
+            each.sample_id, each._idle = sample_id, None
 
     def to_json(self) -> dict[str, Any]:
         """Index lists become ``[start, length]`` runs: short for the usual case of whole spans."""
-        return {"kept": {name: runs(indices) for name, indices in self.kept.items()}, **self.facts}
+        found = {"kept": {name: runs(indices) for name, indices in self.kept.items()}, **self.facts}
+        return found | ({"idle": self.idle} if self.idle else {})
 
 
 def runs(indices: list[int]) -> list[list[int]]:

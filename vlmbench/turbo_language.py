@@ -36,8 +36,9 @@ class Medium(NamedTuple):
         return len(self.spans)
 
     @property
-    def start(self) -> int:
-        return self.spans[0].start
+    def where(self) -> Tensor:
+        """``[T, n]``: the places of its tokens in the prompt; text may stand between frames."""
+        return torch.tensor([span.start for span in self.spans])[:, None] + torch.arange(self.per_frame)
 
     @property
     def per_frame(self) -> int:
@@ -100,14 +101,13 @@ def _kept(embeds: Tensor, medium: Medium, seen: Seen, rule: Rule, temporal: bool
 def surviving_tokens(medium: Medium) -> Tensor:
     """Of a tower whose units are tokens: the others hold copies of these since they were unmerged."""
     call = medium.call
-    assert call.raster is not None  # noqa: S101 (such towers have one)
     before = call.plan.media[: medium.number]
     first = sum(each.frames * each.units for each in before)
-    units = call.plan.media[medium.number].units
+    units, protected = call.plan.media[medium.number].units, call.plan.protected
     own = call.keep.cpu().sort().values - first
-    own = own[(own >= 0) & (own < medium.frames * units)]
-    raster = torch.tensor(call.raster[medium.number])
-    return medium.start + own // units * units + raster[own % units]
+    own = own[(own >= 0) & (own < medium.frames * units) & (own % units >= protected)]  # without class tokens
+    raster = torch.arange(units) - protected if call.raster is None else torch.tensor(call.raster[medium.number])
+    return medium.where[own // units, raster[own % units]]
 
 
 def fold_frames(embeds: Tensor, medium: Medium, rule: Rule) -> Kept:
@@ -116,8 +116,7 @@ def fold_frames(embeds: Tensor, medium: Medium, rule: Rule) -> Kept:
     shared = medium.frames if rule.shared else 1
     importance = pooled_importance(medium, rule)
     index, features = _folded(x, importance, x.shape[1] - medium.left, rule, medium.call, shared)
-    starts = torch.arange(medium.frames, device=index.device)[:, None] * medium.per_frame
-    return Kept((medium.start + starts + index).flatten(), features.flatten(0, 1))
+    return Kept(medium.where.to(index.device).gather(1, index).flatten(), features.flatten(0, 1))
 
 
 def fold_picture(embeds: Tensor, medium: Medium, rule: Rule, newline: Tensor | None) -> Kept:
@@ -162,12 +161,13 @@ def pooled_importance(medium: Medium, rule: Rule) -> Tensor | None:
     before = sum(each.frames * each.units for each in plan.media[: medium.number])
     units = plan.media[medium.number].units
     own = call.importance[before : before + medium.frames * units].view(medium.frames, units).float()
+    own = own[:, plan.protected :]
     if call.raster is not None:
         raster = torch.tensor(call.raster[medium.number], device=own.device)
         found = torch.empty_like(own)
         found[:, raster] = own
     else:
-        side = int(units**0.5)
+        side = int(own.shape[1] ** 0.5)
         grid = own.view(medium.frames, 1, side, side)
         found = interpolate(grid, size=medium.spans[0].grid, mode="bilinear").flatten(1)
     found = found / found.sum(-1, keepdim=True)
@@ -183,8 +183,9 @@ def merge_in_time(embeds: Tensor, medium: Medium, rule: Rule) -> Kept:
     x = _frames(embeds, medium)
     frames, n, _ = x.shape
     remove = removed_in_time(medium)
+    where = medium.where.flatten().to(x.device)
     if not remove:
-        return Kept(torch.arange(medium.start, medium.start + frames * n), None)
+        return Kept(where, None)
     height, width = medium.spans[0].grid or (1, n)
     h = normalize(x.float(), dim=-1)
     best, partner = _nearest_before(h, height, width)  # [T - 1, n]
@@ -206,7 +207,7 @@ def merge_in_time(embeds: Tensor, medium: Medium, rule: Rule) -> Kept:
     left = torch.cat([torch.ones_like(merged[:1]), ~merged])
     # As many in every frame: a sort instead of a search keeps the shape independent of the data.
     order = (~left).flatten().to(torch.int8).argsort(stable=True)[: frames * n - remove * (frames - 1)]
-    return Kept(medium.start + order, means.flatten(0, 1)[order])
+    return Kept(where[order], means.flatten(0, 1)[order])
 
 
 def removed_in_time(medium: Medium) -> int:
@@ -238,8 +239,8 @@ def _nearest_before(h: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def _frames(embeds: Tensor, medium: Medium) -> Tensor:
-    """``[T, n, C]``: frames of a video stand side by side."""
-    return embeds[medium.start : medium.spans[-1].stop].unflatten(0, (medium.frames, medium.per_frame))
+    """``[T, n, C]``."""
+    return embeds[medium.where.to(embeds.device)]
 
 
 def _stand_in(medium: Medium, temporal: bool) -> Tensor:

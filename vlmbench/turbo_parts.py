@@ -64,6 +64,20 @@ class Vit:
         return block.self_attn.out_proj
 
 
+class Blip(Vit):
+    """BLIP's encoder layers."""
+
+    @staticmethod
+    def heads(block: Any, x: Tensor, place: Place) -> Heads:
+        own = block.self_attn
+        q, k, v = own.qkv(x).view(x.shape[0], 3, own.num_heads, -1).unbind(1)
+        return Heads(q, k, v, k)
+
+    @staticmethod
+    def out(block: Any) -> nn.Linear:
+        return block.self_attn.projection
+
+
 class Qwen:
     """Qwen2-VL's and Qwen2.5-VL's vision blocks."""
 

@@ -7,6 +7,7 @@ merged; positions stay, and a dropped token's keys of earlier layers stay in tho
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from vlmbench.kernels.token_merge import keep_text_side
 from vlmbench.layout import TokenLayout
 
 if TYPE_CHECKING:
+    from vlmbench.models.base import Shapes
     from vlmbench.patch import Patcher
 
 LEAST = 0.2
@@ -28,6 +30,20 @@ def visual_left(n_visual: int, layers: int, step: float) -> tuple[int, ...]:
     return (n_visual, *cut)[:layers]
 
 
+def tail_of(layout: TokenLayout) -> int:
+    """How many tokens ask: the text behind the last medium, or the last token where there is none."""
+    visual = layout.indices("video", "image")
+    return max(1, layout.length - (int(visual[-1]) + 1 if len(visual) else 0))
+
+
+def scoring_flops(layout: TokenLayout, shapes: Shapes, step: float) -> int:
+    """Of `attention_of_tail` in all layers that choose: queries times keys once more (multiply-add = 2)."""
+    n = layout.n_visual
+    left = visual_left(n, shapes.layers, step)
+    keys = sum(layout.length - n + now for now, then in pairwise(left) if then < now)
+    return 2 * tail_of(layout) * keys * shapes.heads * shapes.head_dim
+
+
 class _Prefill:
     """Which tokens of the prompt are still there."""
 
@@ -38,7 +54,7 @@ class _Prefill:
         self.alive = torch.arange(layout.length, device=device)
         self.is_visual = torch.zeros(layout.length, dtype=torch.bool, device=device)
         self.is_visual[visual.to(device)] = True
-        self.tail = layout.length - (int(visual[-1]) + 1 if len(visual) else 0)
+        self.tail = tail_of(layout)
         self.chosen: Tensor | None = None
         """Of the tokens still there, those that the next layer gets."""
 
@@ -47,6 +63,7 @@ class _Prefill:
             return
         visible = self.is_visual[self.alive]
         received = attention_of_tail(q, k, self.tail, scaling)
+        received[-1] = float("inf")  # its logits are the answer's first token, visual or not
         order = torch.where(visible, received, float("-inf")).argsort(descending=True, stable=True)
         keep_visual = order[: self.left[layer + 1]]
         keep = (~visible).index_fill(0, keep_visual, True)
@@ -60,7 +77,7 @@ def attention_of_tail(q: Tensor, k: Tensor, tail: int, scaling: float) -> Tensor
     ``q [1, H, n, D]``, ``k [1, Hkv, n, D]``.
     """
     shared = q.shape[1] // k.shape[1]
-    queries = q[0, :, -tail:].unflatten(0, (-1, shared)).flatten(1, 2)  # [Hkv, shared · tail, D]
+    queries = q[0, :, q.shape[2] - tail :].unflatten(0, (-1, shared)).flatten(1, 2)  # [Hkv, shared · tail, D]
     logits = (queries @ k[0].transpose(-1, -2) * scaling).unflatten(1, (shared, tail))
     n = k.shape[2]
     ahead = torch.arange(n, device=q.device) > torch.arange(n - tail, n, device=q.device)[:, None]

@@ -215,10 +215,12 @@ class Call:
         return new_units.view(-1, x.shape[1])
 
     def kept_in_raster(self, first: int = 0) -> list[int]:
-        """Original units whose place is still taken, sorted, counted in raster order from `first`."""
+        """Original units whose place is still taken, sorted, counted in raster order from `first`, without class tokens."""
         packed = self.keep.cpu().sort().values
         if self.raster is None:
-            return (packed + first).tolist()
+            units, protected = self.plan.media[0].units, self.plan.protected  # every picture has as many
+            frame, place = packed // units, packed % units - protected
+            return (first + frame * (units - protected) + place)[place >= 0].tolist()
         found, start = [], 0
         for medium, order in zip(self.plan.media, self.raster, strict=True):
             units = medium.units

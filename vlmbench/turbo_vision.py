@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vlmbench.errors import UsageError
-from vlmbench.turbo_parts import Parts, Qwen, Vit, widths
+from vlmbench.turbo_parts import Blip, Parts, Qwen, Vit, widths
 from vlmbench.turbo_plan import Clipped, Medium, Plan, Rule, Widths
 from vlmbench.turbo_tower import Call, Placed
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
 
+Reader = Literal["grid", "prompt", "cross-attention"]
+LLAVAS = frozenset({"llava", "llava_15", "llava_next_video"})
 REMEMBERED = 4
 """Plans with their index tensors that are kept from sample to sample; they depend on sizes alone."""
 
@@ -56,11 +58,11 @@ class Seen:
             trace.kept["vision"] = [unit for first, call in self._numbered() for unit in call.kept_in_raster(first)]
 
     def _numbered(self) -> list[tuple[int, Call]]:
-        """Passes with the number of their first unit."""
+        """Passes with the number of their first unit that is no class token."""
         found, first = [], 0
         for call in self.calls:
             found.append((first, call))
-            first += len(call.into)
+            first += len(call.into) - call.plan.protected * sum(medium.frames for medium in call.plan.media)
         return found
 
 
@@ -80,11 +82,14 @@ class Tower:
     """Of Qwen: the module with the merger."""
     window: int | None = None
     """Units along a window's side."""
+    reader: Reader = "grid"
+    """How what comes out of a ViT is read: as a whole grid that is pooled or packed, a token a patch, or by cross-attention,
+    which takes any number."""
 
     @property
     def units_are_tokens(self) -> bool:
         """Whether the language model reads one token a unit."""
-        return self.visual is not None
+        return self.reader == "prompt" or self.visual is not None
 
     def widths(self) -> Widths:
         found = widths(self.parts, self.blocks[0])
@@ -94,18 +99,18 @@ class Tower:
         return found._replace(exit=merger)
 
 
-def vit(blocks: Any, config: Any, *, class_token: bool, used: int | None = None) -> Tower:
+def vit(blocks: Any, config: Any, *, class_token: bool, used: int | None = None, reader: Reader = "grid") -> Tower:
     """A CLIP or SigLIP encoder; `used` is the last block whose output is read, by default the last."""
     n = len(blocks)
     tokens = (config.image_size // config.patch_size) ** 2 + class_token
     last = n - 1 if used is None else used
-    return Tower(Vit, blocks, 1, int(class_token), last, frozenset(range(n)), tokens)
+    return Tower(Vit, blocks, 1, int(class_token), last, frozenset(range(n)), tokens, reader=reader)
 
 
 def tower_of(adapter: ModelAdapter) -> Tower:
     """Raises `UsageError` for a family whose tower is not known here, or that reads several layers of it."""
     config = adapter.vision_config
-    if adapter.name == "llava":
+    if adapter.name in LLAVAS:
         layer = adapter.config.vision_feature_layer
         n = len(adapter.vision_blocks)
         used = None if not isinstance(layer, int) else layer - 1 if layer >= 0 else n + layer
@@ -114,7 +119,12 @@ def tower_of(adapter: ModelAdapter) -> Tower:
                 f"turbo hands out every token again at one layer of the vision tower, and this model reads "
                 f"vision_feature_layer={layer}; choose a model that reads one layer behind a block."
             )
-        return vit(adapter.vision_blocks, config, class_token=False, used=used)
+        clip = config.model_type == "clip_vision_model"
+        reader: Reader = "prompt" if adapter.name == "llava_15" else "grid"
+        return vit(adapter.vision_blocks, config, class_token=clip, used=used, reader=reader)
+    if adapter.name == "blip":
+        tower = vit(adapter.vision_blocks, config, class_token=True, reader="cross-attention")
+        return replace(tower, parts=Blip)
     if adapter.name == "qwen_vl":
         blocks, merge = adapter.vision_blocks, config.spatial_merge_size
         windows = getattr(config, "window_size", None)
@@ -123,8 +133,9 @@ def tower_of(adapter: ModelAdapter) -> Tower:
         visual = adapter._vision_model()
         return Tower(Qwen, blocks, merge**2, 0, len(blocks) - 1, whole, None, visual, side)
     raise UsageError(
-        f"turbo knows the vision towers of the families llava and qwen_vl, not that of {adapter.name!r}, from whose attention "
-        f"it could not read what a token matters; choose a model of those, or describe the tower in vlmbench/turbo_vision.py."
+        f"turbo knows the vision towers of the LLaVAs, of Qwen-VL and of BLIP, not that of {adapter.name!r}, from whose "
+        f"attention it could not read what a token matters; choose a model of those, or describe the tower in "
+        f"vlmbench/turbo_vision.py."
     )
 
 
@@ -171,9 +182,16 @@ class Plans:
         return Plan(self.rule, media, tower.unit, tower.protected, len(tower.blocks), tower.used, tower.whole_frames)
 
 
-def watch(patch: Patcher, tower: Tower, plans: Plans, begin: Callable[[Call], None], *, report: bool) -> None:
-    """Replace the forwards of the tower's blocks. `begin` gets every pass as it begins."""
-    core = patch.adapter.model.model
+def watch(
+    patch: Patcher, tower: Tower, plans: Plans, begin: Callable[[Call], None], *, report: bool, drop: bool
+) -> None:
+    """Replace the forwards of the tower's blocks. `begin` gets every pass as it begins.
+
+    With `drop` a tower that is read by cross-attention hands out merged tokens alone; others are shortened behind it.
+    """
+    if tower.reader == "cross-attention":
+        watch_vit(patch, tower, plans, begin, lambda: "image", merged=drop)
+        return
     kind = "image"
 
     def entered(name: str, stock: Any) -> Callable[..., Any]:
@@ -184,9 +202,13 @@ def watch(patch: Patcher, tower: Tower, plans: Plans, begin: Callable[[Call], No
 
         return features
 
-    for name in ("image", "video"):
-        patch.attr(core, f"get_{name}_features", entered(name, getattr(core, f"get_{name}_features")))
-    if tower.units_are_tokens:
+    core = patch.adapter.model.model
+    # A family that shows a video as pictures says itself which is which.
+    owner, names = (core, "get_{}_features") if hasattr(core, "get_video_features") else (patch.adapter, "encode_{}")
+    for each in ("image", "video"):
+        name = names.format(each)
+        patch.attr(owner, name, entered(each, getattr(owner, name)))
+    if tower.visual is not None:
         watch_qwen(patch, tower, plans, begin, lambda: kind, report=report)
     else:
         watch_vit(patch, tower, plans, begin, lambda: kind, report=report)
@@ -200,6 +222,7 @@ def watch_vit(
     kind: Callable[[], str],
     *,
     report: bool = False,
+    merged: bool = False,
 ) -> None:
     call: Call | None = None
 
@@ -211,12 +234,15 @@ def watch_vit(
             count, n = hidden_states.shape[:2]
             rows = hidden_states.flatten(0, 1)
             if index == 0:
-                placed = plans.of((Medium(count, (n,)),), kind(), rows.device)
+                # Where tokens are units, every picture is a medium of its own behind the tower.
+                apart = tower.units_are_tokens and kind() == "image"
+                media = (Medium(1, (n,)),) * count if apart else (Medium(count, (n,)),)
+                placed = plans.of(media, kind(), rows.device)
                 call = Call(placed, kind(), rows, None, None)
                 begin(call)
             assert call is not None  # noqa: S101 (block 0 comes first)
             rows = call.through(tower.parts, tower.blocks[index], index, rows, report=report and index == tower.used)
-            if index == tower.used:
+            if index == tower.used and not merged:
                 rows = call.unmerge(rows)
             return rows.unflatten(0, (count, -1))
 

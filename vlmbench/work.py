@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,8 @@ FORMULA = (
     "language-model prefill, multiply-add = 2 FLOPs; per layer: tokens · 2 · (hidden · head_dim · (2·heads + 2·kv_heads) "
     "+ 3 · hidden · neurons) + pairs · 4 · heads · head_dim; plus 2 · hidden · vocabulary for the last position; "
     "plus what a method adds beside the layers (memvp: 4 · hidden · slots per token and layer, and its projector; mminference: "
-    "2 · head_dim for each score that its patterns are chosen by)"
+    "2 · head_dim for each score that its patterns are chosen by, 4 · head_dim for each pair that is computed and masked; "
+    "turbo's text side: 2 · head_dim for each of its scores)"
 )
 """Printed under every table with a FLOPs column: published figures differ by what they count."""
 
@@ -31,6 +33,14 @@ def flops(work: Work, shapes: Shapes) -> int:
     )
     head = 2 * shapes.hidden * shapes.vocab if any(work.tokens) else 0
     return dense + attention_flops(work, shapes) + head + work.own_flops
+
+
+def visual_tokens(work: Work, prompt: int, visual: int) -> float:
+    """Visual tokens of a prompt of `prompt` tokens with `visual` such ones, mean over layers: those that left count no more.
+
+    Methods drop no text, so what a layer lacks is visual.
+    """
+    return max(0.0, fmean(work.tokens) - (prompt - visual)) if work.tokens else 0.0
 
 
 def to_json(work: Work, shapes: Shapes) -> dict[str, Any]:

@@ -40,9 +40,9 @@ def counted(adapter: ModelAdapter, model: str, methods: Sequence[Method]) -> Ite
     from vlmbench import work as works
     from vlmbench.cache import cache_bytes
     from vlmbench.check_contract import Subject
-    from vlmbench.loaded import texts
+    from vlmbench.loaded import typed
     from vlmbench.session import make_methods
-    from vlmbench.spec import Spec, params_of
+    from vlmbench.spec import joined, params_of
 
     (full,) = make_methods(("full",))
     for method in methods:
@@ -52,7 +52,7 @@ def counted(adapter: ModelAdapter, model: str, methods: Sequence[Method]) -> Ite
         used, reserved = cache_bytes(done.cache)
         yield {
             "model": model,
-            "method": str(Spec(method.name, texts(params_of(method)))),
+            "method": joined(method.name, typed(params_of(method))),
             "visual_tokens": done.prompt.layout.n_visual,
             "tokens": sum(work.tokens),
             "pairs": sum(work.pairs),

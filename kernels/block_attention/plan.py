@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,6 +58,11 @@ class Plan:
             + _causal(tail)
             + tail * self.tail
         )
+
+    def selected(self, layout: object, keep: Sequence[int]) -> Plan:
+        """The same regions over the tokens at the sorted indices `keep` alone; blocks of which none is left are gone."""
+        edges = [(bisect_left(keep, start), bisect_left(keep, stop)) for start, stop in self.blocks]
+        return Plan(bisect_left(keep, self.sink), tuple(edge for edge in edges if edge[0] < edge[1]), len(keep))
 
 
 def make_plan(
