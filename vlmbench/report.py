@@ -67,7 +67,7 @@ def loaded_rows(
 def _uncollected() -> Iterator[None]:
     """Records by the ten thousand hold no cycles; looking for some would take as long as reading them.
 
-    What lives when it ends is moved to the oldest generation, since the first allocation behind it would look through all of it.
+    What lives when it ends is moved to the oldest generation, since the next allocation would look through all of it.
     """
     was = gc.isenabled()
     gc.disable()
