@@ -103,11 +103,13 @@ def test_decoding_with_core_neurons_reads_their_weights_alone(cli: Callable[...,
     assert fewer["method_bytes"] < row["method_bytes"]  # keys of the tokens that left are not read
 
 
-def test_what_a_method_keeps_to_itself_has_no_cost(cli: Callable[..., Any]) -> None:
+def test_decoding_with_a_memory_reads_it_once_a_token_and_no_visual_keys(cli: Callable[..., Any]) -> None:
+    """320 keys and 320 values of 64 channels, shared by the layers; of 74 tokens of text two only frame the video."""
     row = row_of(cli, "decode", "--method", "memvp:artefact=untrained", *SMALL, "--steps", 2)
-    assert row["method_s"] > 0
-    assert row["dense_bytes"] > 0
-    assert row["method_bytes"] is row["bytes_limit"] is None
+    layer = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128
+    keys = [2 * 2 * 16 * (72 + i + 1) for i in range(2)]
+    assert row["method_bytes"] == sum(4 * (4 * (layer + each) + 64 * 300) + 2 * 320 * 64 * 4 for each in keys)
+    assert row["bytes_limit"] == row["dense_bytes"] / row["method_bytes"]
 
 
 def test_every_prompt_of_a_batch_has_a_memory_of_its_own(cli: Callable[..., Any], monkeypatch: Any) -> None:

@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_memvp_file import written
+from vlmbench import cost
 from vlmbench.engine import generate
 from vlmbench.layout import Prompt
 from vlmbench.memvp_data import teach
 from vlmbench.memvp_memory import Memory, MemoryShape, Slots, VisualMemory, flops, lay_out, memory_term, pool
 from vlmbench.memvp_prompt import add_memory, shape_for, text_alone, units_of
 from vlmbench.memvp_train import frozen
+from vlmbench.method import one_token
 from vlmbench.methods.memvp import Memvp
 from vlmbench.models.base import Features
 from vlmbench.models.loading import load
@@ -380,6 +382,29 @@ def test_work_counts_every_slot_for_every_token_in_every_layer(adapter: Any, cli
     own = method.work(prompt, adapter.shapes, trace).own_flops
     assert own == 4 * d * n * prompt.length * adapter.shapes.layers + 2 * n * 128 * (d + d)
     assert "memvp: 4 · hidden · slots per token and layer, and its projector" in FORMULA
+
+
+def test_a_generated_token_reads_and_multiplies_the_memory_in_every_layer(adapter: Any, clip: Any) -> None:
+    """Two products of slots × hidden a layer, and one memory that the layers share; the projector ran in prefill."""
+    method, shapes = memory_method(), adapter.shapes
+    found = {}
+    for frames in (1, 4):
+        trace = Trace()
+        prompt = method.prepare(spliced(adapter, [clip(frames)]), trace)
+        held = 2 * len(prompt.extras["memvp_slots"].row) * shapes.hidden
+        for step in (0, 3):
+            work = found[frames, step] = method.decode_work(prompt, shapes, trace, step, size=4)
+            plain = one_token(prompt.length + step + 1, shapes)
+            assert (work.pairs, work.tokens, work.neurons) == (plain.pairs, plain.tokens, plain.neurons)
+            assert work.own_flops == 2 * held * shapes.layers
+            assert work.own_bytes == work.own_read == 4 * held
+            more = tuple(
+                a - b for a, b in zip(cost.decode(work, shapes, 4), cost.decode(plain, shapes, 4), strict=True)
+            )
+            assert more == (2 * held * shapes.layers, 4 * held)
+        once = flops(held // 2 // shapes.hidden, shapes.hidden, shapes.hidden, tokens=0)
+        prefill = method.work(prompt, shapes, Trace()).own_flops - once
+        assert prefill == prompt.length * found[frames, 0].own_flops  # a prompt's token costs as much
 
 
 def test_without_scale_the_answer_is_that_of_the_question_alone(adapter: Any, clip: Any) -> None:

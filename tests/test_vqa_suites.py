@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlmbench import memvp_file
 from vlmbench.errors import UsageError
 from vlmbench.session import make_suite
 from vlmbench.store import ResultStore
@@ -379,6 +380,16 @@ def test_break_downs_are_those_of_the_papers(tmp_path: Path) -> None:
             "Hint: Look closely.\nQuestion: Which is number 0?\nOptions:\nA. ash\nB. bee\n"
             "Please select the correct answer from the options above. \n",
         ),
+        (
+            "scienceqa:prompt=qcm-a",
+            1,
+            "Question: Which is number 1?\nContext: N/A\nOptions: (A) ash (B) bee (C) cat\nAnswer:",
+        ),
+        (
+            "scienceqa:prompt=qcm-a",
+            0,
+            "Question: Which is number 0?\nContext: Look closely.\nOptions: (A) ash (B) bee\nAnswer:",
+        ),
     ],
 )
 def test_the_prompts(tmp_path: Path, spec: str, number: int, text: str) -> None:
@@ -421,6 +432,139 @@ def test_questions_with_pictures_alone(tmp_path: Path) -> None:
     write_rows(root / "scienceqa" / "test.parquet", SCHOOL[:2], [0, 1])
     with pytest.raises(UsageError, match="holds the questions with pictures alone; write scienceqa:subset=img"):
         suite("scienceqa", root)
+
+
+# ScienceQA's train split.
+
+
+@pytest.mark.parametrize("layout", ["parquet", "full", "json"])
+@pytest.mark.parametrize("subset", ["full", "img"])
+def test_the_train_split_is_other_questions_with_their_own_pictures(tmp_path: Path, layout: str, subset: str) -> None:
+    found = suite(f"scienceqa:subset={subset}", made(tmp_path, "scienceqa", layout))
+    train, test = found.samples("train"), found.samples("test")
+    lessons = [
+        (row, shown) for row, shown in zip(LESSONS, TAUGHT, strict=True) if subset == "full" or shown is not None
+    ]
+    for sample, (row, shown) in zip(train, lessons, strict=True):
+        assert str(row["question"]) in sample.question
+        assert sample.answer == "AB"[int(str(row["answer"]))]
+        found.materialise(sample)
+        assert [media.path.read_bytes() for media in sample.media] == ([] if shown is None else [png(shown)])
+    assert [sample.id for sample in test] == [sample.id for sample in found.samples()]
+    assert not {sample.id for sample in train} & {sample.id for sample in test}
+    for sample in test:  # reading the one changes nothing of the other
+        found.materialise(sample)
+    assert [m.path.read_bytes() for s in test for m in s.media] == [png(0), png(1)]
+
+
+def test_the_train_split_has_its_own_numbers_and_is_looked_for_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    assert (ScienceQATrain.n_rows, ScienceQATrain.n_pictured) == (N_ROWS, 3)
+    root = made(tmp_path, "scienceqa", "parquet")
+    path = root / "scienceqa" / "train.parquet"
+    hash_ = suite("scienceqa", root).data_hash
+    write_rows(path, LESSONS[:3], TAUGHT[:3])
+    found = suite("scienceqa", root)
+    with pytest.raises(UsageError, match=r"train\.parquet holds 3 rows where scienceqa has 4; .*--allow-partial"):
+        found.samples("train")
+    assert len(suite("scienceqa", root, allow_partial=True).samples("train")) == 3
+    path.unlink()
+    found = suite("scienceqa", root)
+    assert found.data_hash == hash_
+    with pytest.raises(UsageError, match=r"files \(train\.parquet, .*--include 'ScienceQA-FULL/train-\*'"):
+        found.samples("train")
+
+
+def test_a_question_in_both_splits_is_refused(tmp_path: Path) -> None:
+    root = made(tmp_path, "scienceqa", "json")
+    path = root / "scienceqa" / "pid_splits.json"
+    ids = json.loads(path.read_text())
+    write_file(path, ids | {"train": ["1", "2", "3", "12"]})
+    with pytest.raises(UsageError, match=r"pid_splits\.json has 1 questions in both train and test; fetch it again"):
+        suite("scienceqa", root).samples("train")
+
+
+@pytest.mark.parametrize("prompt", ["official", "vlmevalkit", "qcm-a"])
+def test_a_caption_stands_behind_the_context_when_captions_are_on(tmp_path: Path, prompt: str) -> None:
+    root = made(tmp_path, "scienceqa", "json")
+    off, on = (suite(f"scienceqa:prompt={prompt},captions={value}", root) for value in ("off", "on"))
+    for split, number, before, after in (
+        ("train", 0, "Look closely.", "Look closely. A red ball."),
+        ("test", 1, {"official": "", "vlmevalkit": "", "qcm-a": "N/A"}[prompt], "A blue cup."),
+    ):
+        plain, told = (each.samples(split)[number].question for each in (off, on))  # type: ignore[arg-type]
+        assert after not in plain
+        assert before in plain
+        assert f" {after}\n" in told
+    same = [(a, b) for a, b in zip(off.samples(), on.samples(), strict=True) if a.id != "12"]
+    assert [a.question for a, _ in same] == [b.question for _, b in same]
+    assert (off.said, on.said) == (off.said, off.said.replace("captions off", "captions on"))
+    assert off.data_hash != on.data_hash
+
+
+def test_captions_without_the_original_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"captions=on needs the original files .*, and .*test\.parquet has no captions"
+    ):
+        suite("scienceqa:captions=on", made(tmp_path, "scienceqa", "parquet"))
+    root = made(tmp_path / "other", "scienceqa", "json")
+    (root / "scienceqa" / "captions.json").unlink()
+    with pytest.raises(UsageError, match=r"captions\.json cannot be read"):
+        suite("scienceqa:captions=on", root)
+    suite("scienceqa", root)
+
+
+def test_what_is_trained_on_the_train_split_is_found_by_a_run(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = made(tmp_path, "scienceqa", "json")
+    monkeypatch.setenv("VLMBENCH_CACHE", str(tmp_path / "cache"))
+    args = ["--model", "tiny-llava-ov", "--data-root", root]
+    run = ["run", *args, "--method", "memvp", "--no-baseline", "--mode", "accuracy", "--max-new-tokens", 2]
+    spec = "scienceqa:prompt=qcm-a"
+    bare = cli(*run, "--suite", spec, "--out", tmp_path / "runs")
+    assert bare.code == 2
+    line = re.search("make one with `vlmbench (fit [^`]*)`", bare.err)
+    assert line
+    words = shlex.split(line[1].replace("--data-root DATA", f"--data-root {root}"))
+    done = cli(*words, "--method", "memvp:slots=8", "--suite", spec, "--steps", 2)
+    assert done.code == 0, done.err
+    asked = "scienceqa (all questions, QCM-A, captions off): "
+    assert f"{asked}4 train questions" in done.err
+    (path,) = (tmp_path / "cache").rglob("memvp-*.safetensors")
+    header = memvp_file.read(str(path))
+    assert (header.suite, header.shape.slots, header.n + header.n_held_out) == (spec, 8, 4)
+    assert {"prompt": "qcm-a", "captions": False, "subset": "full"}.items() <= header.recipe["asked"].items()
+    found = cli(*run, "--suite", spec, "--out", tmp_path / "runs", "--strict")
+    assert found.code == 0, found.err
+    assert f"{asked}4 questions" in found.err
+    assert "was trained with" not in found.err
+    (view,) = ResultStore(tmp_path / "runs").runs()
+    assert view.header["spec"]["suite_params"]["captions"] is False
+    assert view.header["spec"]["method_params"]["artefact"] == header.digest
+    memory = {id_: (record.trace or {})["memory"]["visual"] for id_, record in view.records.of("accuracy").items()}
+    assert [bool(memory[id_]) for id_ in ("11", "12", "13", "14")] == [True, True, False, False]
+    other = cli(*run, "--suite", f"{spec},captions=on", "--out", tmp_path / "runs")
+    assert f"{path} was trained with captions=False, and this run asks with captions=True." in other.err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [((), "scienceqa needs --data-root"), (("--data-root", "nowhere"), "--data-root nowhere is no folder")],
+)
+def test_fitting_without_the_files_is_one_sentence_and_exit_2(cli: Cli, tmp_path: Path, args: Any, said: str) -> None:
+    out = tmp_path / "a.safetensors"
+    done = cli("fit", "--model", "tiny-llava-ov", "--method", "memvp", "--suite", "scienceqa", "--out", out, *args)
+    assert (done.code, len(done.err.strip().splitlines()), said in done.err) == (2, 1, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_reads_the_questions_that_are_asked(cli: Cli, tmp_path: Path) -> None:
+    for layout in ("parquet", "json"):
+        root = made(tmp_path / layout, "scienceqa", layout)
+        done = cli("data", "verify", "--suite", "scienceqa", "--data-root", root, "--format", "json")
+        assert done.code == 0, done.out + done.err
+        checks = {row["check"]: row for row in json.loads(done.out)["rows"]}
+        assert (checks["rows"]["found"], checks["rows"]["expected"], checks["media"]["expected"]) == (4, 4, 2)
 
 
 # What is missing or wrong.
@@ -503,7 +647,7 @@ def test_a_row_that_cannot_be_right_is_refused(
 @pytest.mark.parametrize("name", WRITERS)
 def test_other_columns_and_another_number_of_rows_are_refused(tmp_path: Path, name: str) -> None:
     root = made(tmp_path, name, "parquet")
-    path = next(path for path in root.rglob("*.parquet") if "image" not in path.stem)
+    path = next(path for path in root.rglob("*.parquet") if path.stem not in ("images", "train"))
     kept = pq.read_table(path)
     pq.write_table(kept.rename_columns(["asked" if n == "question" else n for n in kept.column_names]), path)
     with pytest.raises(UsageError, match=r"row \d has no question"):
