@@ -213,3 +213,16 @@ def test_progress_on_a_terminal_names_method_sample_and_stage(capsys: pytest.Cap
     shown = capsys.readouterr().err
     assert "accuracy · pevlm · sample 1/12 · prefill" in shown
     assert "[kept] as it is" in shown
+
+
+def test_a_repeated_method_is_a_row_each_or_refused(cli: Callable[..., Any]) -> None:
+    both = ("--method", "full", "--method", "uniform:ratio=0.5")
+    planned = cli("plan", "--model", "mini-qwen2.5-vl@random", *both, "--device", "h200", "--format", "json")
+    assert planned.code == 0, planned.err
+    assert [row["method"] for row in json.loads(planned.out)["rows"]] == ["full"] * 3 + ["uniform"] * 3
+    for refused in (
+        cli("check", "contract", "--model", "mini-qwen2.5-vl@random", *both),
+        cli("fit", "--model", "mini-qwen2.5-vl@random", *both, "--suite", "synthimage", "--out", "never.json"),
+    ):
+        assert refused.code == 2
+        assert "takes one --method, not 2 (full, uniform:ratio=0.5)" in refused.err

@@ -112,6 +112,10 @@ def test_a_results_folder_and_a_method_name_a_run(cli: Cli, store: ResultStore) 
     (store.root / "full-notes.txt").write_text("no run")
     short = told(cli, "compare", store.root / "full", store.root / "turbo")
     assert short == told(cli, "compare", a, b)
+    run(store, FAIR, method="prior+full")
+    assert told(
+        cli, "compare", store.root / "full", store.root / "prior+full"
+    )  # as tables print it, not as folders are called
     run(store, FAIR, method="turbo", frames=8)
     done = cli("compare", store.root / "full", store.root / "turbo")
     assert (done.code, "holds 2 runs (" in done.err) == (2, True)

@@ -157,14 +157,16 @@ def test_prefill_has_the_operations_that_the_paper_counts(tmp_path: Path) -> Non
     """LLaMA-7B and 256 visual tokens: 4.99 at 64 text tokens and 1.99 at 256."""
     assert expected(64, 256, 320, 4096, 11008) == pytest.approx(4.99, abs=0.005)
     assert expected(256, 256, 320, 4096, 11008) == pytest.approx(1.995, abs=0.005)
-    found = compare(tmp_path, "--part", "prefill", "--shape", "mini-llava-ov@random", "--rounds", "1")
+    out = tmp_path / "machine"
+    out.mkdir()
+    found = compare(out, "--part", "prefill", "--shape", "mini-llava-ov@random", "--rounds", "1")
     rows = of(found, "prefill")
     assert [row["text_tokens"] for row in rows] == [64, 256]
     assert {(row["batch"], row["slots"], row["visual_tokens"]) for row in rows} == {(8, 320, 256)}
     assert {row["suite"] for row in rows} == {""}
-    text = (tmp_path / "memvp.md").read_text()
+    text = (out / "memvp.md").read_text()
     assert text == to_markdown(found)
-    assert machine_texts(tmp_path.parent)[tmp_path / "memvp.md"] == text
+    assert machine_texts(tmp_path)[out / "memvp.md"] == text
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,12 @@ def ladder(rows: Sequence[Row]) -> Iterable[str]:
 
 def _steps(at: Mapping[tuple[Any, ...], Row], length: int) -> Iterable[str]:
     for step in ("1", "2", "3"):
-        row, order = at[step, "all"], at[step, "order"]
-        if idle(row) != idle(at[str(int(step) - 1), "all"]):
+        row, order, before = at[step, "all"], at[step, "order"], at[str(int(step) - 1), "all"]
+        if idle(row) != idle(before):
+            n_idle = max(row["n_inactive"], before["n_inactive"])
             yield sentence(
                 Verdict.IDLE,
-                f"at {length} frames, {STEPS[step]}: one side had nothing to do on {row['n_inactive']} of {row['n']} "
+                f"at {length} frames, {STEPS[step]}: one side had nothing to do on {n_idle} of {row['n']} "
                 f"questions and equals full attention there.",
             )
             continue

@@ -6,6 +6,8 @@ import json
 from enum import StrEnum
 from typing import Any
 
+from vlmbench.errors import UsageError
+
 DEMO_METHODS = ("pevlm", "turbo:mode=drop", "uniform:ratio=0.25", "blind", "prior")
 DEMO_SUITE = "synthvideo:length=384"
 DEMO_LIMIT = 11
@@ -20,3 +22,12 @@ class Listing(StrEnum):
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """As every machine-readable output."""
     print(json.dumps({"schema": 1, "rows": rows}, indent=1))
+
+
+def only_one(methods: list[str]) -> str:
+    """The method of a command that takes one. Raises `UsageError` when --method was repeated."""
+    if len(methods) != 1:
+        raise UsageError(
+            f"This command takes one --method, not {len(methods)} ({', '.join(methods)}); run it once for each."
+        )
+    return methods[0]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vlmbench.cli_choices import DEMO_LIMIT, DEMO_SUITE, Listing, print_rows
+from vlmbench.cli_choices import DEMO_LIMIT, DEMO_SUITE, Listing, only_one, print_rows
 from vlmbench.errors import UsageError
 
 
@@ -55,7 +55,7 @@ def check(
         Checked, typer.Argument(help="contract: what every method promises; invariance: answers that flip.")
     ],
     model: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: the suite's own.")] = None,
-    method: Annotated[str, typer.Option(metavar="SPEC", help="The method.")] = "full",
+    method: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="The method. Default: full.")] = None,
     suite: Annotated[str, typer.Option(metavar="SPEC", help="invariance: the questions.")] = DEMO_SUITE,
     limit: Annotated[int, typer.Option(help="invariance: how many of them.")] = DEMO_LIMIT,
     frames: Annotated[
@@ -79,7 +79,7 @@ def check(
 
     request = RunRequest(
         model=model,
-        methods=(method,),
+        methods=(only_one(method or ["full"]),),
         suite=suite,
         limit=limit,
         frames=frames,
@@ -170,7 +170,7 @@ def bench(
 def plan(
     model: Annotated[str, typer.Option(metavar="SPEC", help="A preset, a shipped model, a folder or a hub id.")],
     device: Annotated[str, typer.Option(metavar="CARD", help="h200, h100, a100-80g, a100-40g, l40s or 4090.")],
-    method: Annotated[str, typer.Option(metavar="SPEC", help="The method.")] = "full",
+    method: Annotated[list[str] | None, typer.Option(metavar="SPEC", help="Repeat it for more. Default: full.")] = None,
     frames: Annotated[int, typer.Option(help="Temporal units of the video (Qwen-VL: pairs of frames).")] = 64,
     frame_tokens: Annotated[int, typer.Option(help="Tokens of each; a fixed-size tower has its own number.")] = 256,
     text_tokens: Annotated[int, typer.Option(help="Of the prompt, most of them behind the video.")] = 74,
@@ -186,10 +186,10 @@ def plan(
     from vlmbench.madeup import shapes
     from vlmbench.session import make_methods
 
-    (one,) = make_methods([method])
+    methods = make_methods(method or ["full"])
     kind = pick_dtype(dtype, pick_device("cpu"))
     sizes = shapes(tokens=tokens, frames=frames, frame_tokens=frame_tokens, text_tokens=text_tokens, preset=None)
-    planned = [plans.plan(model, one, each, device, kind, max_new_tokens) for each in sizes]
+    planned = [plans.plan(model, one, each, device, kind, max_new_tokens) for each in sizes for one in methods]
     if format is Listing.json:
         print_rows([row for rows in planned for row in rows])
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlmbench.errors import UsageError
 from vlmbench.loaded import Loaded
+from vlmbench.spec import slug
 from vlmbench.store import ResultStore, RunView
 
 
@@ -15,7 +16,7 @@ def one_run(folder: Path) -> Loaded:
 
     ``OUT/METHOD`` is enough where the results folder OUT has one run of that method.
     """
-    roots = [folder] if folder.exists() else _begun(folder)
+    roots = [folder] if folder.exists() else _begun(folder) or _begun(folder.with_name(slug(folder.name)))
     views = [view for each in roots for view in ResultStore(each).runs()]
     if not views:
         raise UsageError(f"{folder} holds no results; name a folder that `vlmbench run --out` wrote.")
