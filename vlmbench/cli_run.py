@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vlmbench.cli_choices import DEMO_LIMIT, DEMO_METHODS, DEMO_SUITE, DEMO_TIMED, only_one
+from vlmbench.cli_choices import DEMO_LIMIT, DEMO_METHODS, DEMO_SUITE, DEMO_TIMED
 
 
 def run(
@@ -99,7 +99,7 @@ def run(
 
 
 def fit(
-    method: Annotated[list[str], typer.Option(metavar="SPEC", help="The method to fit.")],
+    method: Annotated[str, typer.Option(metavar="SPEC", help="The method to fit.")],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The artefact to write.")],
     suite: Annotated[
         str,
@@ -138,7 +138,7 @@ def fit(
 
     request = RunRequest(
         model=model,
-        methods=(only_one(method),),
+        methods=(method,),
         suite=suite,
         limit=limit,
         frames=frames,
