@@ -101,7 +101,8 @@ def test_maps_hold_every_pattern_and_boundary() -> None:
     names = [short(method) for method in map_methods()]
     assert len(set(names)) == len(names)
     assert {FULL, *PATTERNS, "fitted"} <= set(names)
-    assert {f"{pattern}, {boundary}" for pattern in ("grid", "vs") for boundary in BOUNDARIES} <= set(names)
+    assert {"sf-fixed", "sf-strided", "minference"} <= set(names)
+    assert {f"{pattern}, {boundary}" for pattern in PATTERNS for boundary in BOUNDARIES} <= set(names)
     assert short(CAREFUL) == "fitted, dense_layers=2"
     made = make_methods([*map_methods(), *curve_methods("synthvideo:length=128")])
     assert {method.name for method in made} == {"full", "mminference"}

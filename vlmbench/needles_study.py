@@ -31,6 +31,8 @@ BUDGET = 0.5
 """Of the maps: half of the published sizes."""
 LINES = ("mminference:pattern=grid", "mminference:pattern=vs")
 PATTERNS = ("a_shape", "tri", "grid", "vs")
+BASELINES = ("sf-fixed", "sf-strided", "minference")
+"""Of the paper's table 1, which know no boundary."""
 BOUNDARIES = ("q", "2d")
 """Beside none; K-boundary is none, since a pattern's indices hold for every row."""
 LENGTHS = (32, 128, 384)
@@ -51,10 +53,10 @@ CAREFUL = f"{FITTED},dense_layers=2,budget=1.5"
 
 
 def map_methods() -> list[str]:
-    """Every pattern alone, those with an index of their own under every boundary, and the fitted file."""
+    """Every pattern alone and under every boundary, the baselines alone, and the fitted file."""
     budget = f",budget={BUDGET:g}"
-    found = [f"mminference:pattern={pattern}{budget}" for pattern in PATTERNS]
-    found += [f"{lines}{budget},boundary={boundary}" for lines in LINES for boundary in BOUNDARIES]
+    found = [f"mminference:pattern={pattern}{budget}" for pattern in (*PATTERNS, *BASELINES)]
+    found += [f"mminference:pattern={each}{budget},boundary={boundary}" for each in PATTERNS for boundary in BOUNDARIES]
     return [FULL, *found, f"{FITTED}{budget}"]
 
 
