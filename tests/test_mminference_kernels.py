@@ -14,6 +14,7 @@ from vlmbench.kernels.a_shape import a_shape
 from vlmbench.kernels.a_shape import seen as a_shape_seen
 from vlmbench.kernels.a_shape import visible as a_shape_visible
 from vlmbench.kernels.calls import Tally, attend, last_weights, reference, take
+from vlmbench.kernels.calls.tiles import softmaxed
 from vlmbench.kernels.grid import Grid, find_lines, grid_attention
 from vlmbench.kernels.grid import seen as grid_seen
 from vlmbench.kernels.grid import visible as grid_visible
@@ -310,6 +311,92 @@ def test_without_the_cpu_kernel_the_calls_are_the_same() -> None:
         plain = attend(q.half(), k.half(), v.half(), scale=0.25, tally=Tally(), **options)
         # Three significant digits of float16, at values near one.
         torch.testing.assert_close(plain.out.float(), fast.out, rtol=0, atol=5e-3)
+
+
+# Tiles of scores: what the three patterns are computed in on a CPU.
+
+
+def test_a_softmax_tells_its_log_sum_exp_by_each_rows_own_key_or_else_looks_again() -> None:
+    """A key hundreds below the row's best has no probability in float32, but the sum is none the less known."""
+    raw = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    for far in (0.0, -60.0, -500.0):
+        raw[1, 2, 4] = far
+        asked: list[int] = []
+
+        def scores(asked: list[int] = asked) -> Tensor:
+            asked.append(1)
+            return raw.clone()
+
+        weights, lse = softmaxed(scores, lambda found: found[:, :, 4])
+        torch.testing.assert_close(weights, raw.softmax(-1), **TOLERANCE)
+        torch.testing.assert_close(lse, raw.logsumexp(-1), **TOLERANCE)
+        assert len(asked) == (2 if far == -500 else 1)
+
+
+def test_keys_that_all_lie_far_above_a_querys_own_leave_its_log_sum_exp_right() -> None:
+    """As with the first tokens of trained models, which take what a head has no use for."""
+    n = 40
+    q, k, v = qkv(n)
+    q, k = q.clone(), k * 0.01
+    q[..., 0], k[:, :, :2, 0] = 30.0, 60.0
+    allowed = a_shape_visible(every(n), n, sink=2, local=5)
+    scores = (q @ k.transpose(-1, -2) / 4).masked_fill(~allowed, float("-inf"))
+    index = Index(torch.arange(2).expand(1, 2, -1), torch.eye(5, dtype=torch.bool)[:1].expand(1, 2, -1), 8, n)
+    grid = Grid(2, 5, 4, 30, 7)
+    phase = torch.tensor([[1, 4]])
+    torch.testing.assert_close(a_shape(q, k, v, sink=2, local=5).lse, scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    for found, seen in (
+        (vertical_slash(q, k, v, index), index.visible(every(n))),
+        (grid_attention(q, k, v, grid, phase), grid_visible(grid, phase, every(n), n)),
+    ):
+        right = (q @ k.transpose(-1, -2) / 4).masked_fill(~seen, float("-inf")).logsumexp(-1)
+        torch.testing.assert_close(found.lse, right, rtol=1e-6, atol=1e-5)
+        # Scores of 450 are float32 to 3e-5, which weights then are of themselves.
+        torch.testing.assert_close(found.out, reference(q, k, v, seen), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("small", [True, False])
+def test_heads_that_share_keys_and_memory_that_is_short_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, small: bool
+) -> None:
+    """Six heads on two key heads are six on copies of them, whatever lies where, and in as many tiles as memory asks for."""
+    n = 150
+    if small:
+        monkeypatch.setattr("vlmbench.kernels.calls.tiles.SCORES_BYTES", 1)
+        monkeypatch.setattr("vlmbench.kernels.vertical_slash.gathered.GATHER_BYTES", 1)
+        monkeypatch.setattr("vlmbench.kernels.vertical_slash.gathered.LISTED", 3)
+    q, (_, k, v) = qkv(n, heads=6)[0], qkv(n)
+    if not transposed:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    copies = [x.repeat_interleave(3, 1) for x in (k, v)]
+    index = make_index(last_weights(q, k, scale=0.25, tally=Tally()), columns=9, slashes=20, near=4, first=2, block=16)
+    grid, phase = Grid(3, 20, 5, 140, 7, slash=True), torch.tensor([[0, 1, 6, 3, 3, 3]])
+    for call in (
+        lambda k, v: a_shape(q, k, v, sink=5, local=30, tail=9),
+        lambda k, v: grid_attention(q, k, v, grid, phase),
+        lambda k, v: vertical_slash(q, k, v, index),
+        lambda k, v: attend(q, k, v, scale=0.25, tally=Tally(), causal=True),
+    ):
+        for ours, theirs in zip(call(k, v), call(*copies), strict=True):
+            torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_computed_in_float32_at_least(dtype: torch.dtype) -> None:
+    n = 60
+    q, k, v = (x.to(dtype) for x in qkv(n))
+    index = Index(torch.arange(3).expand(1, 2, -1), torch.eye(8, dtype=torch.bool)[:1].expand(1, 2, -1), 8, n)
+    grid, phase = Grid(2, 5, 4, 50, 7), torch.tensor([[1, 4]])
+    for found, allowed in (
+        (a_shape(q, k, v, sink=2, local=5), a_shape_visible(every(n), n, sink=2, local=5)),
+        (grid_attention(q, k, v, grid, phase), grid_visible(grid, phase, every(n), n)),
+        (vertical_slash(q, k, v, index), index.visible(every(n))),
+    ):
+        assert (found.out.dtype, found.lse.dtype) == (dtype, torch.float32)
+        # Half a unit in the last place of values near one, after arithmetic that is exact beside it.
+        atol = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-12
+        torch.testing.assert_close(found.out.double(), reference(q, k, v, allowed).double(), rtol=0, atol=2 * atol)
 
 
 def test_impossible_sizes_are_refused() -> None:

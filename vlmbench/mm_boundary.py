@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def by_query(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Found:
-    """``[B, H, N, D]``: rows of each modality under its own pattern, over all keys before them."""
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``: rows of each modality under its own pattern, over all keys before them."""
     scene = group.scene
     vision, text = ([run for run in scene.runs if run.vision == kind] for kind in (True, False))
     found = None
@@ -73,7 +73,7 @@ def _row_blocks(group: Group, runs: list[Run], length: int) -> Tensor | None:
 
 
 def by_pair(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Found:
-    """``[B, H, N, D]``: vision to vision by its pattern, text to text by its own, and what lies between.
+    """As `by_query`: vision to vision by its pattern, text to text by its own, and what lies between.
 
     A text query sees all pictures before it, or with a vertical-slash text pattern the columns that the last text attends to
     most; a visual query sees all text before it (as the research code suggests for these pairs).
@@ -93,8 +93,8 @@ def by_pair(group: Group, q: Tensor, k: Tensor, v: Tensor) -> Found:
         at, behind = columns
         found = _launched(group, text, k, v, at, behind) if preferred(q.device) else None
         if found is None:
-            where = at[..., None].expand(-1, -1, -1, k.shape[3])
-            found = attend(text.q, k.gather(2, where), v.gather(2, where), scale=scale, tally=tally, mask=behind)
+            chosen = (_each(x, at) for x in (k, v))
+            found = attend(text.q, *chosen, scale=scale, tally=tally, mask=behind)
         text.join(slice(None), found, behind.sum(-1))
     for side, other in ((vision, text), (text, vision)):
         if side is text and columns is not None:
@@ -154,12 +154,20 @@ def _columns(group: Group, text: _Side, vision: _Side) -> tuple[Tensor, Tensor] 
     asked = min(LAST, last.stop - last.start)
     if before == 0:
         return None
-    weights = (text.q[:, :, -asked:].float() @ vision.k[:, :, :before].transpose(-1, -2).float()) * group.scale
+    batch, heads = text.q.shape[:2]
+    last_q = text.q[:, :, -asked:].reshape(batch, vision.k.shape[1], -1, text.q.shape[3]).float()
+    weights = (last_q @ vision.k[:, :, :before].transpose(-1, -2).float()) * group.scale
     group.layer.tally.scores += weights.numel()
-    mass = weights.softmax(-1).sum(-2)  # [B, H, before]
+    mass = weights.softmax(-1).view(batch, heads, asked, before).sum(-2)
     chosen = mass.topk(min(group.head.text.columns, before)).indices.sort().values
     at = vision.tokens[chosen]
     return at, at[:, :, None] < text.tokens[:, None]  # [B, H, n, c]
+
+
+def _each(x: Tensor, at: Tensor) -> Tensor:
+    """``x [B, Hkv, N, D]`` at each head's ``at [B, H, c]``: ``[B, H, c, D]``."""
+    where = at.reshape(*x.shape[:2], -1, 1).expand(-1, -1, -1, x.shape[3])
+    return x.gather(2, where).view(*at.shape, x.shape[3])
 
 
 def _launched(group: Group, text: _Side, k: Tensor, v: Tensor, at: Tensor, behind: Tensor) -> Attended | None:

@@ -23,7 +23,7 @@ def a_shape(
     scale: float | None = None,
     tally: Tally | None = None,
 ) -> Attended:
-    """``q, k, v [B, H, N, D]`` (as many heads each); returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``; returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
 
     The last `tail` rows see every key (Tri-shape). On a GPU one launch, or after a `SlowPath` warning what the CPU runs.
     Raises `ValueError` when `local` is below 1: a query sees itself.

@@ -9,7 +9,18 @@ from torch import Tensor
 
 from vlmbench.kernels.block_attention.dense import Attended, join_into
 
-__all__ = ["LAST", "Attended", "Tally", "attend", "causal_rows", "join_into", "last_weights", "reference", "take"]
+__all__ = [
+    "LAST",
+    "Attended",
+    "Tally",
+    "attend",
+    "causal_rows",
+    "join_into",
+    "last_weights",
+    "native",
+    "reference",
+    "take",
+]
 
 LAST = 64
 """Queries at the end of a prompt that an online index is estimated from (MMInference, algorithm 1)."""
@@ -45,13 +56,13 @@ def attend(
     causal: bool = False,
     mask: Tensor | None = None,
 ) -> Attended:
-    """``q [B, H, n, D]``, ``k, v [B, H, m, D]`` of any strides; `causal` needs n = m.
+    """``q [B, H, n, D]``, ``k, v [B, Hkv, m, D]`` of any strides; `causal` needs n = m.
 
     `mask` is boolean and broadcasts to ``[B, H, n, m]``; a row without an allowed key gets zeros and a log-sum-exp of -inf.
     """
     batch, heads, n, _ = q.shape
     m = k.shape[2]
-    kernel = q.device.type == "cpu" and q.dtype != torch.float16
+    kernel = native(q)
     triangle = batch * heads * (n * (n + 1) // 2 if causal else n * m)
     tally.pairs += triangle if mask is None else int(mask.sum()) * (batch * heads * n * m // mask.numel())
     launched = None if kernel or tally.dry or mask is not None else _launched(q, k, v, causal=causal, scale=scale)
@@ -61,6 +72,7 @@ def attend(
     if tally.dry:
         return Attended(torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32))
     tally.written |= not kernel
+    k, v = (x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
@@ -83,6 +95,11 @@ def attend(
     return Attended(out, lse)
 
 
+def native(q: Tensor) -> bool:
+    """Whether plain calls are the fast way here, so that their time is the pattern's own."""
+    return q.device.type == "cpu" and q.dtype != torch.float16
+
+
 def _launched(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> Attended | None:
     """By the kernel of `sparse_lines` where the device has nothing better; None when it refuses."""
     from vlmbench.kernels.sparse_lines import fused  # it imports this package
@@ -97,7 +114,7 @@ def _launched(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) ->
 
 
 def causal_rows(q: Tensor, k: Tensor, v: Tensor, first: int, stop: int, *, scale: float, tally: Tally) -> Attended:
-    """Rows ``[first, stop)`` of ``[B, H, N, D]`` over every key up to their own: ``[B, H, stop - first, D]``."""
+    """Rows ``[first, stop)`` of ``q [B, H, N, D]`` over every key up to their own of ``k, v [B, Hkv, N, D]``."""
     rows = q[:, :, first:stop]
     own = attend(rows, k[:, :, first:stop], v[:, :, first:stop], scale=scale, tally=tally, causal=True)
     if first == 0 or stop == first:
@@ -130,7 +147,7 @@ def last_weights(q: Tensor, k: Tensor, *, scale: float, tally: Tally, last: int 
     later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     scores[..., n - length :].masked_fill_(later, float("-inf"))
     tally.scores += batch * heads * (length * (n - length) + length * (length + 1) // 2)
-    return scores.softmax(-1)
+    return scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)  # no fresh memory
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, allow: Tensor, *, scale: float | None = None) -> Tensor:

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from vlmbench.kernels.calls import Attended, Tally
 from vlmbench.kernels.grid import fused, lines
-from vlmbench.kernels.grid.online import Found, find_lines
+from vlmbench.kernels.grid.online import Found, find_lines, lines_of
 from vlmbench.kernels.grid.reference import Grid, seen, visible
 from vlmbench.kernels.sparse_lines.fused import Refused, preferred, warn
 
-__all__ = ["Found", "Grid", "find_lines", "grid_attention", "seen", "visible"]
+__all__ = ["Found", "Grid", "find_lines", "grid_attention", "lines_of", "seen", "visible"]
 
 
 def grid_attention(
@@ -23,7 +23,7 @@ def grid_attention(
     scale: float | None = None,
     tally: Tally | None = None,
 ) -> Attended:
-    """``q, k, v [B, H, N, D]`` (as many heads each), `phase` int64 ``[B, H]``; returns ``[B, H, N, D]`` and ``[B, H, N]``.
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``, `phase` int64 ``[B, H]``; returns ``[B, H, N, D]`` and ``[B, H, N]``.
 
     On a GPU one launch, two with diagonals, or after a `SlowPath` warning what the CPU runs.
     """

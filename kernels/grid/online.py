@@ -30,9 +30,13 @@ def find_lines(weights: Tensor, strides: Sequence[int], *, start: int, stop: int
 
     A `phase` that is given is taken for every stride (modulo it). Raises `ValueError` when there is no stride.
     """
+    return lines_of(weights[..., start:stop].sum(-2) / weights.shape[-2], strides, phase=phase)
+
+
+def lines_of(columns: Tensor, strides: Sequence[int], *, phase: int | None = None) -> Found:
+    """As `find_lines`, from the share of the last queries' attention on each key that may hold a line, ``[B, H, keys]``."""
     if not strides or min(strides) < 1:
         raise ValueError(f"strides must be at least 1 and at least one must be given, not {list(strides)}")
-    columns = weights[..., start:stop].sum(-2) / weights.shape[-2]  # [B, H, keys]
     ordered = sorted(set(strides), reverse=True)
     phases, masses = [], []
     for stride in ordered:
@@ -47,7 +51,7 @@ def find_lines(weights: Tensor, strides: Sequence[int], *, start: int, stop: int
     near = mass >= (1 - MARGIN) * mass.amax(0)
     chosen = near.int().argmax(0, keepdim=True)  # the first, so the largest
     return Found(
-        torch.tensor(ordered).to(weights.device, non_blocking=True)[chosen[0]],
+        torch.tensor(ordered).to(columns.device, non_blocking=True)[chosen[0]],
         torch.stack(phases).gather(0, chosen)[0],
         mass.gather(0, chosen)[0],
     )

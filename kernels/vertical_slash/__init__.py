@@ -5,12 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from vlmbench.kernels.calls import Attended, Tally
+from vlmbench.kernels.last_queries import diagonal_sums
 from vlmbench.kernels.sparse_lines.fused import Refused, preferred, warn
 from vlmbench.kernels.vertical_slash import fused, gathered
 from vlmbench.kernels.vertical_slash.gathered import Lists, lists
-from vlmbench.kernels.vertical_slash.index import FIRST, NEAR, Index, diagonal_sums, make_index
+from vlmbench.kernels.vertical_slash.index import FIRST, NEAR, Index, index_of, make_index
 
-__all__ = ["FIRST", "NEAR", "Index", "Lists", "diagonal_sums", "lists", "make_index", "vertical_slash"]
+__all__ = ["FIRST", "NEAR", "Index", "Lists", "diagonal_sums", "index_of", "lists", "make_index", "vertical_slash"]
 
 
 def vertical_slash(
@@ -23,7 +24,7 @@ def vertical_slash(
     scale: float | None = None,
     tally: Tally | None = None,
 ) -> Attended:
-    """``q, k, v [B, H, N, D]`` (as many heads each); returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``; returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
 
     With `row_blocks` (sorted int64 ``[r]``) only these rows are sure to be computed; the others may be zeros with a
     log-sum-exp of -inf. On a GPU one launch, or after a `SlowPath` warning what the CPU runs.

@@ -1,21 +1,26 @@
-"""Vertical-slash attention that computes only its blocks and columns: each row block's keys gathered, then one dense call.
+"""Vertical-slash attention that computes only its blocks and columns: each row block's keys gathered, then one softmax.
 
-The main block diagonal is a batched causal call. What else a row block sees lies wholly before it: the blocks of its slashes
-and the kept columns outside of them, without masks but for the padding to the longest list of a batch.
+A row block sees itself, causally, and what lies wholly before it: the blocks of its slashes and the kept columns outside of
+them. Keys and then values are gathered into one buffer that stays in the cache, of a few row blocks and heads at a time, and
+multiplied there; nothing is masked but the block's own corner and the padding to the longest list of a batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vlmbench.kernels.calls import Attended, Tally, attend, join_into, take
+from vlmbench.kernels.calls import Attended, Tally, native
+from vlmbench.kernels.calls.tiles import Buffer, softmaxed
 from vlmbench.kernels.vertical_slash.index import Index
 
-GATHER_BYTES = 2**24
-"""Gathered keys that are held at a time: what a processor's last cache can hold."""
+GATHER_BYTES = 2**22
+"""Gathered keys that are held at a time: with the scores, what a processor's last cache can hold."""
+LISTED = 32
+"""Row blocks whose lists are made together."""
 
 
 class Lists(NamedTuple):
@@ -62,7 +67,7 @@ def vertical_slash(
     scale: float | None = None,
     tally: Tally | None = None,
 ) -> Attended:
-    """``q, k, v [B, H, N, D]`` (as many heads each); returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
+    """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``; returns ``[B, H, N, D]`` and its log-sum-exp ``[B, H, N]``.
 
     With `row_blocks` (sorted int64 ``[r]``) only these rows are computed; the others are zeros with a log-sum-exp of -inf.
     """
@@ -72,59 +77,112 @@ def vertical_slash(
     if n != index.length:
         raise ValueError(f"the index is for {index.length} tokens; q has {n}")
     wanted = torch.arange(-(-n // size), device=q.device) if row_blocks is None else row_blocks.to(q.device)
-    out = q.new_zeros(q.shape)
+    # What is not computed is zeros; where all is, nobody needs them.
+    out = torch.empty_like(q) if row_blocks is None else torch.zeros_like(q)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32)
+    tally.written |= not (native(q) or tally.dry)
     full = n // size
     for b in range(len(q)):
         here = Index(index.columns[b : b + 1], index.diagonals[b : b + 1], size, n)
+        work = _Gathered(q[b], k[b], v[b], here, scale, tally)
         for rows, part, length in (
             (wanted[wanted < full], slice(0, full * size), size),
             (wanted[wanted >= full], slice(full * size, n), n - full * size),  # the last, shorter block
         ):
-            if not len(rows):
-                continue
-            local = rows if length == size else rows - full
-            own = [x[b, :, part].unflatten(1, (-1, length)).transpose(0, 1) for x in (q, k, v)]  # [R, H, length, D]
-            if len(rows) != len(own[0]):
-                own = [x[local] for x in own]
-            found = attend(*own, scale=scale, tally=tally, causal=True)
-            _add_gathered(found, own[0], k[b], v[b], here, rows, scale, tally)
-            out[b, :, part].unflatten(1, (-1, length))[:, local] = found.out.transpose(0, 1)
-            lse[b, :, part].unflatten(1, (-1, length))[:, local] = found.lse.transpose(0, 1)
+            asked, into, sums = (x[b, :, part].unflatten(1, (-1, max(length, 1))) for x in (q, out, lse))
+            for some in rows.split(LISTED) if len(rows) else ():
+                at = some if length == size else some - full
+                found = work.attend(asked[:, at], some)
+                if found is not None:
+                    into[:, at], sums[:, at] = found.out.to(out.dtype), found.lse
     return Attended(out, lse)
 
 
-def _add_gathered(
-    own: Attended, q: Tensor, k: Tensor, v: Tensor, index: Index, rows: Tensor, scale: float, tally: Tally
-) -> None:
-    """Join what the row blocks ``q [r, H, length, D]`` see before themselves into `own`, a batch of row blocks at a time."""
-    heads, dim, size = k.shape[0], k.shape[2], index.block
-    within = torch.arange(size, device=q.device)
-    first = 0
-    # Row blocks of a batch are neighbours, whose lists are about as long; the longest is at the end.
-    most = int(index.diagonals.sum(-1).max()) * size + index.columns.shape[2]
-    batch = max(1, GATHER_BYTES // (2 * k.element_size() * dim * heads * most))
-    while first < len(rows):
-        chunk = slice(first, min(first + batch, len(rows)))
-        first = chunk.stop
-        blocks, n_blocks, columns, n_columns = (x[0] for x in lists(index, rows[chunk]))  # [H, r, ...]
-        keys = torch.cat([(blocks[..., None] * size + within).flatten(2), columns], 2)  # [H, r, m]
-        if keys.shape[2] == 0:
-            continue
-        valid = torch.cat(
-            [
-                (torch.arange(blocks.shape[2], device=q.device) < n_blocks[..., None]).repeat_interleave(size, 2),
-                torch.arange(columns.shape[2], device=q.device) < n_columns[..., None],
-            ],
-            2,
-        )
-        seen_k, seen_v = (take(x, keys).flatten(0, 1)[:, None] for x in (k, v))  # [H · r, 1, m, D]
-        wanted = q[chunk].transpose(0, 1).flatten(0, 1)[:, None]  # [H · r, 1, length, D]
-        mask = None if bool(valid.all()) else valid.flatten(0, 1)[:, None, None]
-        found = attend(wanted, seen_k, seen_v, scale=scale, tally=tally, mask=mask)
-        shape = (heads, -1, q.shape[2])
-        there = Attended(
-            found.out.reshape(*shape, dim).transpose(0, 1), found.lse.reshape(shape).transpose(0, 1)
-        )  # [r, H, length, D]
-        out, lse = own.out[chunk], own.lse[chunk]
-        lse.copy_(join_into(out, (out, lse), there))
+class _Gathered:
+    """Row blocks of one prompt, ``q [H, N, D]`` and ``k, v [Hkv, N, D]``."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, index: Index, scale: float, tally: Tally) -> None:
+        self.index, self.scale, self.tally = index, scale, tally
+        self.wanted, self.found, self.gathered, self.scores = (Buffer(q) for _ in range(4))
+        dtype = self.wanted(0).dtype
+        behind = k.stride(1) >= k.stride(0)  # heads behind tokens, as models hand them over
+        self.k, self.v = ((x.transpose(0, 1) if behind else x).to(dtype).reshape(-1, x.shape[2]) for x in (k, v))
+        theirs = torch.arange(len(q), device=q.device) // (len(q) // len(k))
+        self.step, self.start = (len(k), theirs) if behind else (1, theirs * k.shape[1])
+        """Key j of head h is row ``start[h] + step · j`` of `k`."""
+
+    def attend(self, q: Tensor, rows: Tensor) -> Attended | None:
+        """The row blocks ``q [H, r, length, D]`` at `rows`: ``[H, r, length, D]`` and ``[H, r, length]``, or None when dry."""
+        heads, count, length, dim = q.shape
+        wanted = self.wanted(count, heads, length, dim)
+        if not self.tally.dry:
+            torch.mul(q.transpose(0, 1).to(wanted.dtype), self.scale, out=wanted)
+        found, lse = self.found(*wanted.shape).flatten(0, 1), q.new_empty(count * heads, length, dtype=torch.float32)
+        wanted = wanted.flatten(0, 1)
+        corner = wanted.new_full((length, length), float("-inf")).triu_(1)
+        for batch in self._batches(rows, heads, length, dim):
+            items, width = batch.keys.shape
+            self._count(batch, length)
+            if self.tally.dry:
+                continue
+            asked, at = wanted[batch.items], batch.keys.flatten()
+
+            def scores(batch: _Batch = batch, asked: Tensor = asked, at: Tensor = at) -> Tensor:
+                keys = torch.index_select(self.k, 0, at, out=self.gathered(len(at), dim))
+                into = self.scores(*asked.shape[:2], len(at) // len(asked))
+                torch.bmm(asked, keys.view(len(asked), -1, dim).transpose(1, 2), out=into)
+                into[:, :, :length] += corner
+                for first, padded in batch.padded:
+                    into[:, :, first : first + padded.shape[1]].masked_fill_(padded[:, None], float("-inf"))
+                return into
+
+            weights, lse[batch.items] = softmaxed(scores, lambda s: s[:, :, :length].diagonal(dim1=1, dim2=2))
+            values = torch.index_select(self.v, 0, at, out=self.gathered(len(at), dim))
+            torch.bmm(weights, values.view(items, width, dim), out=found[batch.items])
+        if self.tally.dry:
+            return None
+        return Attended(*(x.unflatten(0, (count, heads)).transpose(0, 1) for x in (found, lse)))
+
+    def _batches(self, rows: Tensor, heads: int, length: int, dim: int) -> Iterator[_Batch]:
+        """Of row blocks and heads together, in this order: neighbours have lists of about one length."""
+        size, count = self.index.block, len(rows)
+        blocks, n_blocks, columns, n_columns = (x[0].transpose(0, 1).flatten(0, 1) for x in lists(self.index, rows))
+        within = torch.arange(size, device=rows.device)
+        own = (rows[:, None, None] * size + within[:length]).expand(count, heads, length).flatten(0, 1)
+        keys = torch.cat([own, (blocks[..., None] * size + within).flatten(1), columns], 1)
+        keys = keys * self.step + self.start.repeat(count)[:, None]
+        n_slash = n_blocks * size
+        slash, single = n_slash.tolist(), n_columns.tolist()
+        first, behind = 0, length + blocks.shape[1] * size
+        while first < len(keys):
+            fit = GATHER_BYTES // (4 * dim * (length + slash[first] + single[first]))
+            here = slice(first, min(len(keys), first + max(2, fit // 2 * 2)))  # an even number, for two cores
+            first = here.stop
+            most, longest = max(slash[here]), max(single[here])
+            chosen = keys[here]
+            if most < blocks.shape[1] * size or longest < columns.shape[1]:
+                chosen = torch.cat([chosen[:, : length + most], chosen[:, behind : behind + longest]], 1)
+            padded = []
+            for begin, counts, known in ((length, n_slash, slash), (length + most, n_columns, single)):
+                least, end = min(known[here]), max(known[here])
+                if least < end:
+                    number = torch.arange(least, end, device=rows.device)
+                    padded.append((begin + least, number >= counts[here, None]))
+            yield _Batch(here, chosen, sum(slash[here]) + sum(single[here]), padded)
+
+    def _count(self, batch: _Batch, length: int) -> None:
+        items, width = batch.keys.shape
+        corner = items * length * (length - 1) // 2
+        self.tally.pairs += (items * length + batch.before) * length - corner
+        self.tally.computed += items * width * length - corner
+
+
+class _Batch(NamedTuple):
+    items: slice
+    """Of row blocks and heads."""
+    keys: Tensor
+    """int64 ``[items, width]``, rows of the keys: the row block's own, those of its slashes, its columns."""
+    before: int
+    """How many keys all of them see before their row blocks."""
+    padded: list[tuple[int, Tensor]]
+    """From which of the keys on some are padding, and which, ``[items, c]``."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vlmbench.kernels.last_queries.reference import Sums, sums
+
 BLOCK = 64
 FIRST, NEAR = 30, 100
 """Columns at the prompt's start and diagonals next to the main one that are always kept (published, at run time)."""
@@ -58,29 +60,26 @@ class Index:
 def make_index(
     weights: Tensor, *, columns: int, slashes: int, first: int = FIRST, near: int = NEAR, block: int = BLOCK
 ) -> Index:
-    """Top columns and diagonals of `weights` ``[B, H, L, N]``, the softmax rows of the last L queries.
+    """As `index_of`, from `weights` ``[B, H, L, N]``, the softmax rows of the last L queries."""
+    return index_of(sums(weights), columns=columns, slashes=slashes, first=first, near=near, block=block)
+
+
+def index_of(
+    seen: Sums, *, columns: int, slashes: int, first: int = FIRST, near: int = NEAR, block: int = BLOCK
+) -> Index:
+    """Top columns and diagonals of what the last queries attend to.
 
     `columns` and `slashes` include the forced ones: the `first` columns and the `near` diagonals from the main one on. Each
     is at least that many and at most N; the main diagonal is kept whatever is asked for.
     """
-    n = weights.shape[-1]
+    batch, heads, n = seen.columns.shape
     first, near = min(first, n), max(1, min(near, n))
-    vertical = weights.sum(-2)  # [B, H, N]
+    vertical, slash = seen.columns.clone(), seen.diagonals.clone()
     vertical[..., :first] = float("inf")
-    slash = diagonal_sums(weights)
     slash[..., :near] = float("inf")
     kept = vertical.topk(min(max(columns, first, 1), n)).indices.sort().values
     offsets = slash.topk(min(max(slashes, near), n)).indices
-    diagonals = torch.zeros(*weights.shape[:2], -(-n // block) + 1, dtype=torch.bool, device=weights.device)
+    diagonals = torch.zeros(batch, heads, -(-n // block) + 1, dtype=torch.bool, device=slash.device)
     for touched in (offsets // block, -(-offsets // block)):
         diagonals.scatter_(2, touched, True)
     return Index(kept, diagonals[..., : -(-n // block)], block, n)
-
-
-def diagonal_sums(weights: Tensor) -> Tensor:
-    """``[..., L, N]`` summed along each diagonal, ``[..., N]``: offset o = i - j from 0 on, where row l is query N - L + l."""
-    length, n = weights.shape[-2:]
-    # Rows of N + L entries read as rows of N + L + 1: each begins one entry later, and diagonals become columns.
-    line = functional.pad(functional.pad(weights, (length, 0)).flatten(-2), (0, length))
-    sums = line.unflatten(-1, (length, n + length + 1)).sum(-2)  # column N - o
-    return sums[..., 1 : n + 1].flip(-1)
