@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vlmbench.trace import Trace
 
 Lines = Literal["h", "v", "s", "hv", "vs", "hvs"]
+MOST = 1000  # times the published sizes: four million tokens of window
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class Mminference(Method):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise UsageError(f"{self.name}:{key} must be at least {least}, not {value}.")
-        if not 0 < self.budget < float("inf"):
-            raise UsageError(f"{self.name}:budget must be above 0, not {self.budget}.")
+        if not 0 < self.budget <= MOST:
+            raise UsageError(f"{self.name}:budget must be above 0 and at most {MOST}, not {self.budget}.")
         if self.stride not in STRIDES and not (self.stride.isdecimal() and int(self.stride) > 0):
             raise UsageError(
                 f"{self.name}:stride must be {', '.join(STRIDES)} or a number of tokens of at least 1, not {self.stride!r}."
@@ -258,7 +259,7 @@ class Mminference(Method):
             if layer < self.dense_layers:
                 return sdpa_attention_forward(module, q, k, v, mask, scaling=scaling, **kwargs)
             heads = self.heads(mm_scene, layer, q.shape[1])
-            out, did = attend(q, k, v, heads, mm_scene, scale=scaling)
+            out, did = attend(q, k, v, heads, mm_scene, scale=scaling, settle=False)
             note(trace, mm_scene, layer, q.shape[1] * q.shape[0], did)
             return out.transpose(1, 2).contiguous(), None
 
@@ -268,6 +269,7 @@ class Mminference(Method):
         from vlmbench.mm_attention import DID
 
         dense = super().work(prompt, shapes, trace)
+        trace.settle()
         did, scene = trace.scratch.get(DID, {}), prompt.extras.get("mm_scene")
         if not did:  # nothing to do, or nothing ran yet
             return dense if scene is None else self._expected(scene, shapes, dense)

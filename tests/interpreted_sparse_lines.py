@@ -202,6 +202,29 @@ def test_some_keys_behind_a_boundary() -> None:
     check(behind_columns(later, k, v, columns, 70, tile=Tile(64, 32)), later, k, v, allow)
 
 
+@pytest.mark.parametrize("rows", [8, 70])
+@pytest.mark.parametrize(("lines", "stride"), [("s", 3), ("vs", 7), ("v", 1)])
+def test_lines_of_the_last_rows_alone_are_those_of_the_whole_prompt(lines: str, stride: int, rows: int) -> None:
+    """At a stride of 3 a residue's last 24 rows lie in two tiles."""
+    n, slash, vertical = 257, "s" in lines, "v" in lines
+    grid = Grid(3, 9, 5, n, stride, horizontal=False, vertical=vertical, slash=slash)
+    phase = torch.tensor([[0, stride - 1]])
+    q, k, v = qkv(n)
+    table = Table.of([(every(2), pattern(grid, phase))], 1, rows, q.device, shift=n - rows)
+    found = attended(q[:, :, -rows:], k, v, table, tile=Tile(64, 32))
+    check(found, q[:, :, -rows:], k, v, grid_visible(grid, phase, every(n)[-rows:], n), launches=1 + slash)
+
+
+def test_what_is_no_number_is_not_hidden() -> None:
+    q, k, v = qkv(63)
+    k = k.clone()
+    k[:, :, 40] = float("nan")
+    out, lse = a_shape(q, k, v, sink=0, local=9)
+    assert bool(out[:, :, 40:49].isnan().all())
+    assert bool(lse[:, :, 40:49].isnan().all())
+    assert out[:, :, :40].isfinite().all()
+
+
 def test_an_index_that_points_outside_names_a_column_twice_or_lacks_its_diagonal_is_handled() -> None:
     n = 111
     q, k, v = qkv(n)

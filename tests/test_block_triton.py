@@ -5,12 +5,8 @@ The kernel itself is run by `interpreted_block_attention.py` under Triton's inte
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.on_triton import CPU, check_rows, qkv, run_interpreted, run_without_triton
 from vlmbench.kernels.block_attention import (
     Plan,
     SlowPath,
@@ -41,8 +38,6 @@ from vlmbench.kernels.block_attention import (
 from vlmbench.methods.pevlm import Pevlm
 from vlmbench.trace import Trace
 
-HERE = Path(__file__).parent
-CPU = torch.device("cpu")
 SMALL = Plan(17, ((17, 50), (50, 83), (83, 97)), 111)
 
 
@@ -54,40 +49,15 @@ def plans(draw: Any) -> Plan:
     return Plan(edges[0], tuple(pairwise(edges)), edges[-1] + draw(st.integers(1, 40)))
 
 
-def qkv(
-    length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.float32, device: Any = CPU
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As a model hands them over: heads behind tokens in memory."""
-    generator = torch.Generator(device).manual_seed(length + heads)
-    q, k, v = (
-        torch.randn(1, length, h, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    return q, k, v
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
 def test_the_kernel_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_block_attention.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 5 and "skipped" in done.stdout:
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_block_attention.py")
 
 
 def test_importing_needs_no_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
+    run_without_triton(
         "from vlmbench.kernels.block_attention import fused, flex, varlen, is_fast\n"
         "import torch; assert is_fast(torch.device('cpu'))"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, check=True)
 
 
 @given(plans(), st.sampled_from([16, 64, 128]), st.integers(1, 7))
@@ -267,30 +237,14 @@ def pevlm_plan(frames: int = 32, per_frame: int = 257) -> Plan:
     return plan
 
 
-def check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, roundings: int) -> None:
-    """256 random rows and every region's edges against float64.
+def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, roundings: int = 2) -> None:
+    """Every region's edges among the rows."""
+    edges = tuple(edge for region in tiles.regions(plan) for edge in (region.start, region.stop - 1))
 
-    With P = Σ p |v| of a row: each rounding to the tensors' dtype moves it by at most half its eps times P, of which the
-    kernel has two (weights before the second product, output). The float32 part is derived in
-    `interpreted_block_attention.py`; tensor cores cut products' sums off where it rounds, which doubles it.
-    """
-    groups, dim, scale = q.shape[1] // k.shape[1], q.shape[-1], q.shape[-1] ** -0.5
-    edges = [edge for region in tiles.regions(plan) for edge in (region.start, region.stop - 1)]
-    some = torch.randperm(plan.length, generator=torch.Generator().manual_seed(0))[:256]
-    rows = torch.cat([some, torch.tensor(edges)])
-    visible, there = plan.visible(rows).to(q.device), rows.to(q.device)
-    info = torch.finfo(q.dtype)
-    assert out.shape == q.shape
-    assert out.dtype == q.dtype
-    assert out.isfinite().all()
-    for head in range(q.shape[1]):
-        wide, keys, values = q[0, head, there].double(), k[0, head // groups].double(), v[0, head // groups].double()
-        weights = (scale * wide @ keys.T).masked_fill(~visible, float("-inf")).softmax(-1)
-        e = 2 * (dim + 4) * 2**-24 * scale * float(wide.norm(dim=-1).max() * keys.norm(dim=-1).max())
-        relative = roundings * info.eps / 2 + 2 * e + 4 * (plan.length + 8) * 2**-24
-        absolute = (plan.length + 1) * info.tiny * info.eps / 2 * float(values.abs().max())
-        bound = 1.1 * (relative * (weights @ values.abs()) + absolute)
-        assert ((out[0, head, there].double() - weights @ values).abs() <= bound).all()
+    def visible(rows: Tensor) -> Tensor:
+        return plan.visible(rows.cpu()).to(q.device).expand(q.shape[1], -1, -1)
+
+    check_rows(out, q, k, v, visible, edges=edges, roundings=roundings)
 
 
 @pytest.mark.gpu
@@ -304,7 +258,7 @@ def check_rows(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Plan, roundin
 def test_true_shape_on_cuda(attend: Callable[..., Tensor], roundings: int, dtype: torch.dtype) -> None:
     plan = pevlm_plan()
     q, k, v = qkv(plan.length, 28, 4, 128, dtype, "cuda")
-    check_rows(attend(q, k, v, plan), q, k, v, plan, roundings)
+    check(attend(q, k, v, plan), q, k, v, plan, roundings)
 
 
 @pytest.mark.gpu
@@ -316,7 +270,7 @@ def test_head_dimensions_on_cuda(dim: int, dtype: torch.dtype) -> None:
     tile = (
         fused.Tile(64, 16, 8) if dtype == torch.float32 else fused.Tile(64, 64)
     )  # tuning would compile seven for each
-    check_rows(fused.block_attention(q, k, v, plan, tile=tile), q, k, v, plan, 2)
+    check(fused.block_attention(q, k, v, plan, tile=tile), q, k, v, plan)
 
 
 @pytest.mark.gpu
@@ -344,7 +298,7 @@ def test_every_tiling_on_cuda_writes_every_row_and_reads_no_other(
         except fused.Refused:
             continue  # more shared memory than this card has
         ran += 1
-        check_rows(out, q, k, v, plan, 2)
+        check(out, q, k, v, plan)
     assert ran
 
 

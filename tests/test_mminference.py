@@ -184,6 +184,7 @@ def answered(adapter: Any, method: Method, clips: list[Any], captions: Any = ())
     with method.attach(adapter) as trace:
         options = {"captions": captions, "max_new_tokens": 2, "stop_at_eos": False}
         done = generate(adapter, method, trace, clips, QUESTION, **options)
+    trace.settle()
     return done, trace
 
 
@@ -251,7 +252,8 @@ def test_a_prompt_in_pieces_is_refused(adapter: Any, clip: Any) -> None:
     [
         ({"local": 0}, "local must be at least 1, not 0"),
         ({"sink": -1}, "sink must be at least 0"),
-        ({"budget": 0.0}, "budget must be above 0"),
+        ({"budget": 0.0}, "budget must be above 0 and at most 1000, not 0.0"),
+        ({"budget": 1e308}, "budget must be above 0 and at most 1000, not 1e"),  # whose sizes are no numbers of tokens
         ({"stride": "frames"}, "stride must be auto, frame, row or a number of tokens of at least 1, not 'frames'"),
         ({"stride": "0"}, "stride must be"),
         ({"phase": -1}, "phase must be at least 0"),
@@ -404,6 +406,7 @@ def test_fit_writes_a_pattern_for_every_head_and_the_model_takes_it(fitted: Path
     shapes = adapter.shapes
     assert [len(layer["heads"]) for layer in data["layers"]] == [shapes.heads] * shapes.layers
     assert sum(row["heads"] for row in data["candidates"]) == shapes.heads * shapes.layers
+    assert f"The search took {data['seconds']:.1f} s." in read(str(fitted)).to_text(fitted)
     method = Mminference(artefact=str(fitted))
     method.check(adapter)
     done, trace = answered(adapter, method, [clip(20)])

@@ -5,13 +5,11 @@ The kernels themselves are run by `interpreted_sparse_lines.py` under Triton's i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import gc
+import inspect
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,57 +18,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.on_triton import CPU, check_rows, qkv, run_interpreted, run_without_triton
 from vlmbench import mm_attention, mm_boundary, mm_fused
 from vlmbench.kernels import a_shape as a_shape_op
 from vlmbench.kernels import grid as grid_op
 from vlmbench.kernels import vertical_slash as vertical_slash_op
 from vlmbench.kernels.block_attention import SlowPath
-from vlmbench.kernels.calls import Tally, last_weights
+from vlmbench.kernels.calls import Attended, Tally, last_weights
 from vlmbench.kernels.grid import Grid, find_lines
 from vlmbench.kernels.grid.fused import pattern
+from vlmbench.kernels.last_queries import Sums, reference
 from vlmbench.kernels.sparse_lines import Pattern, Refused, Table, attended, fused
 from vlmbench.kernels.vertical_slash import Index, make_index
 from vlmbench.mm_patterns import Head, Intra, Run, Scene
+from vlmbench.trace import Trace
 
-HERE = Path(__file__).parent
-CPU = torch.device("cpu")
 TEXT = Intra("vs", columns=4, slashes=4)
 
 
-def qkv(
-    n: int, heads: int = 2, kv_heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, device: Any = CPU
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As a model hands them over: heads behind tokens in memory."""
-    generator = torch.Generator(device).manual_seed(n)
-    q, k, v = (
-        torch.randn(1, n, h, dim, generator=generator, device=device).to(dtype).transpose(1, 2)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    return q, k, v
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
 def test_the_kernels_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_sparse_lines.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 5 and "skipped" in done.stdout:
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_sparse_lines.py")
 
 
 def test_importing_needs_no_triton() -> None:
-    program = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from vlmbench.kernels import a_shape, grid, vertical_slash, sparse_lines\n"
+    run_without_triton(
+        "from vlmbench.kernels import a_shape, grid, last_queries, vertical_slash, sparse_lines\n"
         "from vlmbench import mm_attention, mm_fused"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, check=True)
 
 
 @pytest.fixture
@@ -141,6 +115,22 @@ def test_patterns_that_no_kernel_could_be_right_for_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             Table.of(patterns, 1, 70, CPU)
+    with pytest.raises(ValueError, match="all rows from 0 on, not from 5"):
+        Table.of([(every, Pattern(0, 1, 70, 2, 70, (7,), horizontal=True))], 1, 65, CPU, shift=5)
+
+
+def test_launches_of_other_kinds_of_heads_are_tuned_apart() -> None:
+    """Triton compiles anew for an argument that is 1 or that 16 divides; the same program is meant."""
+    window, lines = Pattern(2, 9), Pattern(2, 9, 70, 2, 70, (7,), vertical=True)
+    index = Pattern(index=Index(torch.zeros(1, 1, 1, dtype=torch.long), torch.ones(1, 1, 2, dtype=torch.bool), 64, 70))
+    mixes = [[window], [lines], [index], [window, lines], [window, index], [lines, index], [window, lines, index]]
+    keys = set()
+    for mix in mixes:
+        table = Table.of([(torch.tensor([i]), each) for i, each in enumerate(mix)], 1, 70, CPU)
+        assert table.kinds > 1
+        assert table.kinds % 16
+        keys.add((table.blocks is not None, table.kinds))
+    assert len(keys) == len(mixes)
 
 
 def test_indices_and_tables_are_made_without_asking_the_device() -> None:
@@ -169,19 +159,135 @@ def test_what_is_beyond_the_prompt_is_cut_to_it() -> None:
     assert blocks.columns.tolist() == [[-1, -1, 0, 2**31 - 1]]
 
 
-@pytest.mark.parametrize("kind", ["grid", "vs"])
-def test_of_the_last_queries_only_those_of_the_recall_are_held_until_the_launch(kind: Any) -> None:
-    """All 64 rows of every key head together are gigabytes at a million tokens."""
-    n, held = 300, []
-    q, k, _ = qkv(n)
-    scene = Scene((Run(True, 0, n),), 6, 3)
-    planned = mm_fused._Planned(Head(Intra(kind), TEXT), torch.arange(2), scene, 0.25, mm_attention.Layer(), True)
-    planned.pattern(q[:, :, -64:], k[:, :1])
-    for cell in planned.count.__closure__ or ():
-        if isinstance(cell.cell_contents, Tensor) and cell.cell_contents.dim() == 4:
-            held.append(cell.cell_contents)
-    assert [x.shape[2] for x in held] == [mm_attention.PROBED]
-    assert held[0].untyped_storage().nbytes() == held[0].nbytes
+@pytest.fixture
+def stand_ins(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the plain path computes in place of the kernels, so that all around them is run without Triton."""
+
+    def log_sum_exp(q: Tensor, k: Tensor, heads: Tensor, *, scale: float) -> Tensor:
+        keys = k[:, heads // (q.shape[1] // k.shape[1])]
+        later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - q.shape[2] + 1)
+        return (scale * q[:, heads] @ keys.transpose(-1, -2)).masked_fill(later, float("-inf")).logsumexp(-1)
+
+    def sums(q: Tensor, k: Tensor, heads: Tensor, lse: Tensor, *, diagonals: bool, scale: float) -> Sums:
+        keys = k[:, heads // (q.shape[1] // k.shape[1])]
+        found = reference.sums(last_weights(q[:, heads], keys, scale=scale, tally=Tally()))
+        return found if diagonals else Sums(found.columns, found.diagonals[..., :0])
+
+    def attended(q: Tensor, k: Tensor, v: Tensor, table: Table, *, scale: float) -> Attended:
+        assert table.rows == q.shape[2]
+        return Attended(torch.empty_like(q), torch.zeros_like(q[..., 0]))
+
+    monkeypatch.setattr(mm_fused.last_queries, "log_sum_exp", log_sum_exp)
+    monkeypatch.setattr(mm_fused.last_queries, "sums", sums)
+    monkeypatch.setattr(mm_fused, "attended", attended)
+
+
+MIX = [
+    Head(Intra("grid", sink=2, local=8, slash=True), TEXT),
+    Head(Intra("vs", columns=5, slashes=5), TEXT),
+    Head(Intra("tri", sink=2, local=8), TEXT),
+    Head(Intra("dense"), TEXT),
+]
+SCENE = Scene((Run(False, 0, 10), Run(True, 10, 270), Run(False, 270, 300)), 6, 3)
+
+
+def test_a_layer_is_launched_without_asking_the_device(stand_ins: None) -> None:
+    """As above, and whatever is left to count is not counted yet."""
+    q, k, v = (x.to("meta") for x in qkv(300, 4, 2))
+    out, did = mm_attention.attention(q, k, v, MIX, SCENE, settle=False)
+    assert out.shape == q.shape
+    assert did.tally.scores == 2 * scores_of(64) + scores_of(8)  # of an index, or of the recall alone
+    assert (did.allowed, did.strides, did.recalls, did.rules, len(did.later)) == (0, [], [], [], 1)
+
+
+def scores_of(rows: int, n: int = 300) -> int:
+    return rows * (n - rows) + rows * (rows + 1) // 2
+
+
+def test_what_is_left_to_count_holds_neither_keys_nor_weights(stand_ins: None) -> None:
+    """All layers of a prompt of a million tokens wait for the trace to be read: a few numbers a head, and the indices."""
+    n = 300
+    q, k, v = qkv(n, 4, 2)
+    _, did = mm_attention.attention(q, k, v, MIX, SCENE, settle=False)
+    waiting: list[Any] = [did.later]
+    held: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, ModuleType | type) or inspect.isbuiltin(each):
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            held[each.untyped_storage().data_ptr()] = each
+        waiting += closed_over(each) if inspect.isfunction(each) else gc.get_referents(each)
+    assert held
+    # A byte a block diagonal and eight a column; all else is numbers of a head or of the recall's rows.
+    most = max(5 * 8, -(-n // 8), 4 * mm_attention.PROBED * 4)
+    assert max(x.untyped_storage().nbytes() for x in held.values()) <= 4 * most
+    assert did.settle().allowed
+    assert did.settle().recalls
+
+
+def closed_over(function: Any) -> list[Any]:
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+
+
+def test_numbers_are_asked_for_when_the_trace_is_read_and_once(stand_ins: None) -> None:
+    trace, times = Trace(), []
+    q, k, v = qkv(300, 4, 2)
+    for layer_number in (0, 1):
+        _, did = mm_attention.attention(q, k, v, MIX, SCENE, settle=False)
+        did.later.append(lambda: times.append(1))
+        mm_attention.note(trace, SCENE, layer_number, 4, did)
+    assert not trace.facts
+    assert not times
+    assert trace.applied
+    read = trace.to_json()
+    assert read == trace.to_json()
+    assert len(times) == 2
+    assert sorted(read["density"]) == sorted(read["recall"]) == ["0", "1"]
+    assert sum(read["strides"].values()) == 2
+    plain = Trace()
+    for layer_number in (0, 1):
+        _, did = mm_attention.attention(q, k, v, MIX, SCENE)
+        mm_attention.note(plain, SCENE, layer_number, 4, did)
+    assert plain.to_json() == read
+
+
+def test_what_a_prefill_left_is_counted_outside_of_its_inference_mode(stand_ins: None) -> None:
+    """As the engine reads a trace: tensors of the prefill may not be written to any more."""
+    with torch.inference_mode():
+        _, did = mm_attention.attention(*qkv(300, 4, 2), MIX, SCENE, settle=False)
+        _, right = mm_attention.attention(*qkv(300, 4, 2), MIX, SCENE)
+    assert not torch.is_inference_mode_enabled()
+    assert did.settle().allowed == right.allowed
+    assert torch.equal(torch.cat(did.recalls), torch.cat(right.recalls))
+    for _, rule in did.rules:
+        assert rule(torch.arange(3)).any()
+
+
+READINGS: dict[str, Callable[[Trace], Any]] = {
+    "applied": lambda trace: trace.applied,
+    "reason": lambda trace: trace.reason,
+    "idle": lambda trace: trace.idle,
+    "json": Trace.to_json,
+    "settle": Trace.settle,
+}
+
+
+@pytest.mark.parametrize("read", READINGS.values(), ids=READINGS)
+def test_what_waits_is_told_through_any_reading_and_forgotten_with_its_sample(read: Callable[[Trace], Any]) -> None:
+    whole = Trace()
+    part = whole.part("one")
+    part.later("mine", lambda: part.inactive("nothing to do"))
+    part.later("mine", lambda: part.facts.update(x=1))  # in its place
+    read(whole)
+    assert whole.facts == {"x": 1}
+    assert part.applied
+    part.later("mine", lambda: part.facts.update(x=2))
+    whole.reset("next")
+    read(whole)
+    assert not whole.facts
 
 
 @settings(max_examples=40)
@@ -215,29 +321,6 @@ def test_tiles_are_launched_longest_first() -> None:
 
 
 # On a GPU. The shape is gpu-mm of the fixed workloads at 16k tokens, and one of a million for addresses.
-
-
-def check_rows(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, visible: Callable[[Tensor], Tensor], launches: int = 1
-) -> None:
-    """256 random rows and the last against float64, within what `test_block_triton.check_rows` derives.
-
-    `visible` gives ``[H, r, N]``; a second launch goes on from a rounded output, once more.
-    """
-    n, groups, dim, scale = q.shape[2], q.shape[1] // k.shape[1], q.shape[-1], q.shape[-1] ** -0.5
-    some = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:256]
-    rows = torch.cat([some, torch.tensor([0, n - 1])]).to(q.device)
-    seen = visible(rows)
-    info = torch.finfo(q.dtype)
-    assert out.isfinite().all()
-    for head in range(q.shape[1]):
-        wide, keys, values = q[0, head, rows].double(), k[0, head // groups].double(), v[0, head // groups].double()
-        weights = (scale * wide @ keys.T).masked_fill(~seen[head], float("-inf")).softmax(-1)
-        e = 2 * (dim + 4) * 2**-24 * scale * float(wide.norm(dim=-1).max() * keys.norm(dim=-1).max())
-        relative = (1 + launches) * info.eps / 2 + 2 * e + 4 * launches * (n + 8) * 2**-24
-        absolute = launches * (n + 1) * info.tiny * info.eps / 2 * float(values.abs().max())
-        bound = 1.1 * (relative * (weights @ values.abs()) + absolute)
-        assert ((out[0, head, rows].double() - weights @ values).abs() <= bound).all()
 
 
 def heads_of_the_mix(count: int, slash: bool = False) -> list[Head]:

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import floor, log2
+from itertools import groupby
+from math import floor, gcd, log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,11 +21,12 @@ from vlmbench.kernels.a_shape import a_shape
 from vlmbench.kernels.a_shape import seen as a_shape_seen
 from vlmbench.kernels.a_shape import visible as a_shape_visible
 from vlmbench.kernels.calls import LAST, Tally, attend, last_weights
-from vlmbench.kernels.grid import Grid, find_lines, grid_attention
+from vlmbench.kernels.grid import Grid, grid_attention, lines_of
 from vlmbench.kernels.grid import seen as grid_seen
 from vlmbench.kernels.grid import visible as grid_visible
+from vlmbench.kernels.last_queries import Sums, sums
 from vlmbench.kernels.sparse_lines import preferred
-from vlmbench.kernels.vertical_slash import FIRST, NEAR, Index, make_index, vertical_slash
+from vlmbench.kernels.vertical_slash import FIRST, NEAR, Index, index_of, vertical_slash
 from vlmbench.mm_patterns import Head, Intra, Scene
 
 if TYPE_CHECKING:
@@ -52,6 +54,15 @@ class Layer:
     """Query-key pairs that the patterns allow, over all heads; more are computed, in the corners of masks (`tally`)."""
     dense: int = 0
     """All pairs of the tokens that this layer saw, over all heads."""
+    later: list[Callable[[], None]] = field(default_factory=list)
+    """What is left to count, all of which would wait for the device: `settle`."""
+
+    def settle(self) -> Layer:
+        """Count what was put off. Until then pairs, strides, recalls and rules lack it."""
+        waiting, self.later = self.later, []
+        for count in waiting:
+            count()
+        return self
 
     @property
     def extra(self) -> int:
@@ -93,11 +104,13 @@ def attention(
     scale: float | None = None,
     probe: bool = True,
     dry: bool = False,
+    settle: bool = True,
 ) -> tuple[Tensor, Layer]:
     """``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``, a pattern for each of the H heads, sizes in tokens of this prompt.
 
     Returns ``[B, H, N, D]``, heads behind tokens in memory. With `dry` indices are made and pairs counted, and the output
-    holds nothing. Raises `ValueError` when the lengths are not the scene's, or for a dry Q- or 2D-boundary.
+    holds nothing. Without `settle` what waits for a GPU is left to `Layer.settle`. Raises `ValueError` when the lengths are
+    not the scene's, or for a dry Q- or 2D-boundary.
     """
     if {q.shape[2], k.shape[2]} != {scene.length}:
         raise ValueError(f"the prompt has {scene.length} tokens; q has {q.shape[2]} and k has {k.shape[2]}")
@@ -115,21 +128,32 @@ def attention(
     if out is None:
         out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
     for head, numbers in groups.items():
-        which = torch.tensor(numbers, device=q.device)
-        whole = len(numbers) == q.shape[1]
-        rows = q if whole else q[:, which]
-        keys, values = (x if whole and shared == 1 else x[:, which // shared] for x in (k, v))
-        found = Group(head, which, scene, scale, layer, probe).attend(rows, keys, values)
-        if whole:
+        which, theirs = _heads(numbers), key_heads(numbers, shared)
+        group = Group(head, torch.tensor(numbers, device=q.device), scene, scale, layer, probe)
+        found = group.attend(q[:, which], k[:, theirs], v[:, theirs])
+        if len(numbers) == q.shape[1]:
             out = found.out
         elif not dry:
             out[:, which] = found.out
         layer.allowed += int(found.seen.sum())
-    return out, layer
+    return out, layer.settle() if settle else layer
+
+
+def _heads(numbers: Sequence[int]) -> slice | list[int]:
+    """What picks these heads: a view where they stand together."""
+    first, last = numbers[0], numbers[-1]
+    return slice(first, last + 1) if list(numbers) == list(range(first, last + 1)) else list(numbers)
+
+
+def key_heads(numbers: Sequence[int], shared: int) -> slice | list[int]:
+    """The key heads of these query heads, `shared` of which read one in the model: as few as each serve equally many."""
+    theirs = [number // shared for number in numbers]
+    serve = gcd(*(len(list(same)) for _, same in groupby(theirs)))
+    return _heads(theirs[::serve])
 
 
 class Group:
-    """Heads of one pattern; all tensors ``[B, H, N, D]`` with as many key heads as query heads."""
+    """Heads of one pattern: ``q [B, H, N, D]``, ``k, v [B, Hkv, N, D]``."""
 
     def __init__(self, head: Head, numbers: Tensor, scene: Scene, scale: float, layer: Layer, probe: bool) -> None:
         self.head, self.numbers, self.scene, self.scale = head, numbers, scene, scale
@@ -137,7 +161,11 @@ class Group:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Found:
         scene = self.scene
-        if self.head.inter in ("none", "k"):  # the pattern's columns and rows are those of the prompt either way
+        alone = all(run.vision for run in scene.runs)
+        if alone or self.head.inter in (
+            "none",
+            "k",
+        ):  # the pattern's columns and rows are those of the prompt either way
             return self.intra(q, k, v, self.head.vision, Part(*scene.vision, scene.length, LAST))
         if self.layer.tally.dry:
             raise ValueError("only patterns without a boundary are counted dry")
@@ -170,17 +198,17 @@ class Group:
             seen = a_shape_seen(every, n, sink=intra.sink, local=intra.local, tail=tail).expand(q.shape[:3])
             return Found(*a_shape(q, k, v, **options), seen)
         if intra.kind == "vs":
-            index = self.index(weights, intra, n)
+            index = self.index(sums(weights), intra, n)
             rules.append((self.numbers, index.visible))
             self._recall(weights, lambda rows: index.visible(rows)[..., : part.asked])
             return Found(*vertical_slash(q, k, v, index, row_blocks=row_blocks, **options), index.seen(every))
         return self._grid(q, k, v, intra, part, weights)
 
-    def index(self, weights: Tensor, intra: Intra, n: int) -> Index:
-        """Of `n` tokens, from the last queries' `weights` over the first of them; what is forced shrinks with the prompt."""
+    def index(self, asked: Sums, intra: Intra, n: int) -> Index:
+        """Of `n` tokens, from what the last queries see of the first of them; what is forced shrinks with the prompt."""
         shrink = self.scene.shrink
-        index = make_index(
-            weights,
+        index = index_of(
+            asked,
             columns=intra.columns,
             slashes=intra.slashes,
             first=max(1, round(FIRST * shrink)),
@@ -192,53 +220,49 @@ class Group:
 
     def _weights(self, q: Tensor, k: Tensor, intra: Intra, part: Part) -> Tensor:
         """Softmax rows of the last queries: all that an index needs, or a few for the recall alone."""
-        online = intra.kind == "vs" or (intra.kind == "grid" and (intra.phase is None or intra.stride == "auto"))
-        last = part.last if online else min(part.last, PROBED if self.probe else 0)
+        last = part.last if intra.online else min(part.last, PROBED if self.probe else 0)
         seen = slice(0, part.asked)
         return last_weights(q[:, :, seen], k[:, :, seen], scale=self.scale, tally=self.layer.tally, last=last)
 
     def _grid(self, q: Tensor, k: Tensor, v: Tensor, intra: Intra, part: Part, weights: Tensor) -> Found:
         """Each head on its own stride and phase; heads whose strides differ are separate calls, at most one a candidate."""
-        batch, heads, n = q.shape[:3]
-        start, stop, stride, phase = self.lines(weights, intra, part, n)
+        heads, n = q.shape[1:3]
+        start, stop, stride, phase = self.lines(weights.mean(-2), intra, part, n)
         self.layer.strides += stride.flatten().tolist()
-        out = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        seen = torch.empty(q.shape[:3], dtype=torch.long, device=q.device)
         every = torch.arange(n, device=q.device)
-        options: dict[str, Any] = {"scale": self.scale, "tally": self.layer.tally}
         lines = {"horizontal": intra.horizontal, "vertical": intra.vertical, "slash": intra.slash}
-        for each in stride.unique().tolist():
-            grid = Grid(start, intra.local, start, stop, each, **lines)
-            for b in range(batch):  # which heads have this stride differs from prompt to prompt
-                which = (stride[b] == each).nonzero()[:, 0]
-                if not len(which):
-                    continue
-                whole = len(which) == heads
-                rows, keys, values = (x[b : b + 1] if whole else x[b : b + 1, which] for x in (q, k, v))
-                at = phase[b : b + 1, which]
-                found = grid_attention(rows, keys, values, grid, at, **options)
-                at_once = b if whole else (b, which)  # a slice is copied faster than an index
-                out[at_once], lse[at_once] = found.out[0], found.lse[0]
+        prompts = []
+        for b, strides in enumerate(stride.tolist()):  # which heads have a stride differs from prompt to prompt
+            parts = []
+            for each in sorted(set(strides)):
+                numbers = [number for number, own in enumerate(strides) if own == each]
+                which, theirs = _heads(numbers), key_heads(numbers, heads // k.shape[1])
+                rows, at = q[b : b + 1, which], phase[b : b + 1, which]
+                keys, values = (x[b : b + 1, theirs] for x in (k, v))
+                grid = Grid(start, intra.local, start, stop, each, **lines)
+                done = grid_attention(rows, keys, values, grid, at, scale=self.scale, tally=self.layer.tally)
+                parts.append((which, Found(*done, grid_seen(grid, at, every, n))))
                 self.layer.rules.append((self.numbers[which], partial(_lines, grid, at, n)))
-                seen[b, which] = grid_seen(grid, at, every, n)[0]
                 if self.probe:  # without the dense rows behind the lines: how good the lines are
                     open_end = Grid(start, intra.local, start, max(start, part.asked), each, **lines)
                     self._recall(weights[b : b + 1, which], partial(_lines, open_end, at, part.asked))
-        return Found(out, lse, seen)
+            prompts.append(_joined(parts, heads))
+        return prompts[0] if len(prompts) == 1 else Found(*(torch.cat(each) for each in zip(*prompts, strict=True)))
 
-    def lines(self, weights: Tensor, intra: Intra, part: Part, n: int) -> tuple[int, int, Tensor, Tensor]:
-        """Where lines begin and end, and int64 ``[B, H]`` stride and phase, from the first token that may hold a line."""
+    def lines(self, columns: Tensor, intra: Intra, part: Part, n: int) -> tuple[int, int, Tensor, Tensor]:
+        """Where lines begin and end, and int64 ``[B, H]`` stride and phase, from the first token that may hold a line.
+
+        `columns` ``[B, H, keys]``: the share of the last queries' attention on each key, not read where both are given.
+        """
         start = min(max(part.start, intra.sink), n)
         stop = max(start, min(part.stop, n))
         strides = self.scene.strides(intra.stride)
         if len(strides) == 1 and intra.phase is not None:
-            stride = torch.full(weights.shape[:2], strides[0], device=weights.device)
-            phase = torch.full(weights.shape[:2], intra.phase, device=weights.device)
+            stride = torch.full(columns.shape[:2], strides[0], device=columns.device)
+            phase = torch.full(columns.shape[:2], intra.phase, device=columns.device)
         else:
-            stride, phase, _ = find_lines(
-                weights, strides, start=part.start, stop=min(part.stop, part.asked), phase=intra.phase
-            )
+            able = columns[..., part.start : min(part.stop, part.asked)]
+            stride, phase, _ = lines_of(able, strides, phase=intra.phase)
         return start, stop, stride, (part.start + phase - start) % stride
 
     def _recall(self, weights: Tensor, visible: Callable[[Tensor], Tensor]) -> None:
@@ -251,6 +275,17 @@ class Group:
         self.layer.recalls.append((weights[:, :, -PROBED:] * kept).sum(-1).mean(-1).flatten())
 
 
+def _joined(parts: Sequence[tuple[slice | list[int], Found]], heads: int) -> Found:
+    """What groups of the heads of one prompt found; of one group it is that itself, since a copy takes time."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = Found(*(x.new_empty(1, heads, *x.shape[2:]) for x in parts[0][1]))
+    for which, found in parts:
+        for into, each in zip(whole, found, strict=True):
+            into[:, which] = each
+    return whole
+
+
 def _window(length: int, local: int, sink: int, tail: int, heads: torch.Size, rows: Tensor) -> Tensor:
     return a_shape_visible(rows, length, sink=sink, local=local, tail=tail).expand(*heads, -1, -1)
 
@@ -260,20 +295,29 @@ def _lines(grid: Grid, phase: Tensor, length: int, rows: Tensor) -> Tensor:
 
 
 def note(trace: Trace, scene: Scene, layer: int, heads: int, did: Layer) -> None:
-    """Density, recall and strides of a layer into the trace; a prompt on which every pair was computed is inactive."""
+    """Density, recall and strides of a layer into the trace; a prompt on which every pair was computed is inactive.
+
+    All but the mark `masked` is told when the trace is read: numbers of a GPU are only there when it has done its work.
+    """
     counted = trace.scratch.setdefault(DID, {})
     counted[layer] = did
     if did.tally.written:
         trace.facts["masked"] = True
     did.dense = heads * scene.length * (scene.length + 1) // 2
-    trace.facts.setdefault("density", {})[str(layer)] = round(did.allowed / did.dense, 4)
-    if did.recalls:
-        every = [float(share) for group in did.recalls for share in group]
-        trace.facts.setdefault("recall", {})[str(layer)] = round(sum(every) / len(every), 4)
-    if did.strides:
-        known = trace.facts.setdefault("strides", {})
-        for stride, count in Counter(map(str, did.strides)).items():
-            known[stride] = known.get(stride, 0) + count
+    trace.later(DID, lambda: _tell(trace, scene, counted))
+
+
+def _tell(trace: Trace, scene: Scene, counted: dict[int, Layer]) -> None:
+    density, recall, strides = {}, {}, Counter[str]()
+    for layer, did in counted.items():
+        did.settle()
+        density[str(layer)] = round(did.allowed / did.dense, 4)
+        if did.recalls:
+            every = torch.cat(did.recalls).tolist()
+            recall[str(layer)] = round(sum(every) / len(every), 4)
+        strides.update(map(str, did.strides))
+    told = {"density": density, "recall": recall, "strides": dict(strides)}
+    trace.facts.update({name: value for name, value in told.items() if value})
     if all(each.allowed == each.dense for each in counted.values()):
         trace.inactive(
             f"every pattern holds all pairs of {scene.length} tokens; give a smaller budget or smaller sizes"
@@ -296,8 +340,7 @@ class Expected(NamedTuple):
 def expected(intra: Intra, scene: Scene) -> Expected:
     """What `vlmbench plan` counts: lines from the first place of a frame on, columns and diagonals side by side."""
     n = scene.length
-    online = intra.kind == "vs" or (intra.kind == "grid" and (intra.phase is None or intra.stride == "auto"))
-    last = min(LAST if online else PROBED, n) if intra.kind != "dense" else 0
+    last = min(LAST if intra.online else PROBED, n) if intra.kind != "dense" else 0
     scores = last * (n - last) + last * (last + 1) // 2
     if intra.kind in ("dense", "vs"):
         most = n if intra.kind == "dense" else intra.columns + intra.slashes

@@ -75,6 +75,11 @@ class Intra:
     exact: frozenset[str] = frozenset()
     """Sizes that were given for this prompt and are not scaled."""
 
+    @property
+    def online(self) -> bool:
+        """Whether it is found from the last queries of the prompt."""
+        return self.kind == "vs" or (self.kind == "grid" and (self.phase is None or self.stride == "auto"))
+
     def scaled(self, factor: float) -> Intra:
         """Every size of its kind times `factor`, at least one token."""
         sizes = {

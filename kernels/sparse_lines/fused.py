@@ -42,8 +42,8 @@ def attended(
     """``q [B, H, n, D]``, ``k, v [B, Hkv, N, D]`` with H a multiple of Hkv; returns ``[B, H, n, D]`` and ``[B, H, n]``.
 
     Row r of q stands at ``table.shift + r`` among the keys. With `tiles` (int64, on the host) only these tiles of 64 rows are
-    computed; the others are zeros with a log-sum-exp of -inf. Raises `Refused` for what the kernel cannot take, and
-    `ValueError` when the tensors are not the table's.
+    computed; the others are zeros with a log-sum-exp of -inf. A `tile` that is not given is tuned, if there are rows for more
+    than one. Raises `Refused` for what the kernel cannot take, and `ValueError` when the tensors are not the table's.
     """
     _check(q, k, v, table)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -59,9 +59,10 @@ def attended(
     if tiles is not None:
         out.zero_()
         lse.fill_(float("-inf"))
-        tile = tile or Tile(ROWS, 32 if q.element_size() == 2 else 16, 4 if q.element_size() == 2 else 8)
-    elif tile is None and interpreted():
+    if tile is None and interpreted():
         tile = Tile(ROWS, 32)  # nothing to tune
+    elif tile is None and (tiles is not None or n <= ROWS):
+        tile = Tile(ROWS, 32, 4) if q.element_size() == 2 else Tile(ROWS, 16, 8)
     if tile and (tile.keys > ROWS or ((table.blocks is not None or tiles is not None) and tile.rows != ROWS)):
         raise ValueError(
             f"a tile has at most {ROWS} keys, and with an index {ROWS} rows, not {tile.rows} x {tile.keys}"
@@ -75,7 +76,7 @@ def attended(
     blocks = table.blocks if table.blocks is not None else (table.heads,) * 5  # not read
     index = (blocks[0], blocks[1], blocks[2], blocks[3], blocks[4])
     widths = (blocks[1].shape[1], blocks[0].shape[1], blocks[2].shape[1], blocks[3].shape[1])
-    numbers = (scale * log2(torch.e), table.shift, table.shift + n, batch * heads, *widths)
+    numbers = (scale * log2(torch.e), table.shift, table.shift + n, batch * heads, table.kinds, *widths)
     constants: dict[str, Any] = {
         "H": heads,
         "G": heads // k.shape[1],
@@ -124,11 +125,12 @@ def _go_on(
 ) -> None:
     """The diagonals of grids: rows of one residue together, their softmax gone on with where the first launch left it."""
     short, rows = tensors[0].element_size() == 2, 64
-    periods = [(-(-span // stride), stride) for span, stride in table.slashes]
-    tiles = max(stride * -(-count // rows) for count, stride in periods)
+    # Of the last rows alone (`shift`) only a residue's last tiles, which come first, hold any.
+    counts = [(min(-(-span // stride), -(-table.rows // stride) + rows), stride) for span, stride in table.slashes]
+    tiles = max(stride * -(-count // rows) for count, stride in counts)
     shape = {"BM": rows, "BN": 64 if short else 16, "num_warps": 4 if short else 8, "num_stages": 2}
     launch = kernels.slash_fwd_kernel[(tiles * numbers[3],)]
-    launch(*tensors, numbers[0], numbers[2], numbers[3], *strides, **constants, **shape, enable_fp_fusion=True)
+    launch(*tensors, *numbers[:4], *strides, **constants, **shape, enable_fp_fusion=True)
 
 
 @lru_cache(maxsize=64)

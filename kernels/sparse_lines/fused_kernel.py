@@ -77,8 +77,8 @@ def _step(
 
 @triton.jit
 def _store(o, lse, b_o, b_l, b_m, offset, offset_lse, o_q, stride_on, m_r, m_q, BD: tl.constexpr):
-    """A row that saw no key is zeros with a log-sum-exp of -inf."""
-    seen = b_l > 0
+    """A row that saw no key is zeros with a log-sum-exp of -inf; one that saw what is no number is no number."""
+    seen = b_l != 0
     b_l = tl.where(seen, b_l, 1.0)
     p_o = o + offset + (o_q * stride_on)[:, None] + tl.arange(0, BD)[None, :]
     tl.store(p_o, (b_o / b_l[:, None]).to(o.dtype.element_ty), mask=m_q)
@@ -89,13 +89,13 @@ def _store(o, lse, b_o, b_l, b_m, offset, offset_lse, o_q, stride_on, m_r, m_q, 
 @triton.jit
 def lines_fwd_kernel(
     q, k, v, o, lse, heads, order_64, order_128, diagonals, n_diagonals, bits, columns, n_columns,
-    scale, shift, end, n_heads, n_tiles, n_listed, n_bits, n_kept,
+    scale, shift, end, n_heads, kinds, n_tiles, n_listed, n_bits, n_kept,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, VS: tl.constexpr, BLOCK: tl.constexpr,
     LARGE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program for each tile of rows and head. LARGE is there for the tuning key alone.
+    """One program for each tile of rows and head. LARGE and `kinds` are there for the tuning key alone.
 
     Row r stands at ``shift + r`` among the keys, and rows end before position `end`. `heads` has 12 numbers for each prompt
     and head (`table.FIELDS`). With VS a tile is the 64 rows of a row block, the tables from `diagonals` on are the index, and
@@ -249,7 +249,7 @@ def lines_fwd_kernel(
 
 @triton.jit
 def slash_fwd_kernel(
-    q, k, v, o, lse, heads, scale, end, n_heads,
+    q, k, v, o, lse, heads, scale, shift, end, n_heads,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -269,19 +269,20 @@ def slash_fwd_kernel(
     seen = tl.minimum(u0 + BM, n_rows) - skip  # keys of the last row
     # A residue that is a line sees it as a vertical one, or is a horizontal one and sees everything.
     is_line = (residue == phase) & ((flags & 3) != 0)
-    if (u0 < 0) | (seen <= 0) | is_line | ((flags & 4) == 0):
+    begin = start + residue
+    last = begin + (tl.minimum(u0 + BM, n_rows) - 1) * stride
+    if (u0 < 0) | (seen <= 0) | is_line | ((flags & 4) == 0) | (last < shift):
         return
     o_u = u0 + tl.arange(0, BM)
-    m_r = o_u < n_rows
-    begin = start + residue
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     k += i_b * stride_kb + i_h // G * stride_kh
     v += i_b * stride_vb + i_h // G * stride_vh
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
-    o_q = (begin + o_u * stride).to(tl.int64)
+    o_q = (begin + o_u * stride - shift).to(tl.int64)
+    m_r = (o_u < n_rows) & (o_q >= 0)
     m_q = m_r[:, None] & (o_d < D)[None, :]
-    offset, offset_lse = i_b * stride_ob + i_h * stride_oh, i_bh.to(tl.int64) * end
+    offset, offset_lse = i_b * stride_ob + i_h * stride_oh, i_bh.to(tl.int64) * (end - shift)
     b_q = tl.load(
         q + i_b * stride_qb + i_h * stride_qh + (o_q * stride_qn)[:, None] + o_d[None, :], mask=m_q, other=0.0
     )
@@ -304,5 +305,8 @@ def slash_fwd_kernel(
 # Triton keeps the timings with its compiled kernels (TRITON_CACHE_DIR, ~/.triton/cache by default), under a key of its own
 # version, this source, the card's architecture, and the dtypes and arguments named here.
 lines_fwd = triton.autotune(
-    SHORT + WIDE, key=["D", "LARGE", "VS"], prune_configs_by={"early_config_prune": _of_this_call}, cache_results=True
+    SHORT + WIDE,
+    key=["D", "LARGE", "VS", "BLOCK", "kinds"],
+    prune_configs_by={"early_config_prune": _of_this_call},
+    cache_results=True,
 )(lines_fwd_kernel)

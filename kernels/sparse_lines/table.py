@@ -78,6 +78,9 @@ class Table(NamedTuple):
     """Horizontal lines of the head that may have most of them."""
     slashes: tuple[tuple[int, int], ...]
     """(rows that hold slashes, stride) of every distance that a head may have."""
+    kinds: int
+    """For tuning: 4 if some head has lines, 8 if some has neither lines nor an index, and always 2. (Triton compiles anew for
+    a number that is 1 or that 16 divides.)"""
 
     @classmethod
     def of(
@@ -85,15 +88,16 @@ class Table(NamedTuple):
     ) -> Table:
         """`patterns` are (int64 ``[h]`` numbers of heads, what they see), each of the H heads once.
 
-        Raises `ValueError` for what no kernel could be right for: lines in front of the sink, with `shift`, or that end
-        before rows see everything, a stride below 1, an index beside other parts, of another length or of blocks that do
-        not divide `ROWS`, indices whose blocks differ.
+        Raises `ValueError` for what no kernel could be right for: lines in front of the sink or that end before rows see
+        everything, horizontal ones with `shift`, a stride below 1, an index beside other parts, of another length or of
+        blocks that do not divide `ROWS`, indices whose blocks differ.
         """
         end, count = shift + rows, sum(len(numbers) for numbers, _ in patterns)
         heads = torch.zeros(batch, count, len(FIELDS), dtype=torch.int32, device=device)
         held: list[tuple[Pattern, Index]] = []
         first = lines = 0
         slashes: set[tuple[int, int]] = set()
+        kinds = 2
         for numbers, each in patterns:
             _check(each, shift, end)
             whole = min(max(each.whole if each.whole is not None else end, shift), end)
@@ -109,6 +113,7 @@ class Table(NamedTuple):
             for place, value in ((5, each.stride), (6, each.phase)):
                 if value is not None:
                     heads[:, numbers, place] = value.clamp(max=end).to(device, torch.int32)
+            kinds |= 4 if flags else 8 if each.index is None else 0
             if each.horizontal and flags:
                 lines = max(lines, -(-(stop - start) // min(strides)))
             if each.slash and flags:
@@ -119,21 +124,22 @@ class Table(NamedTuple):
                 first += batch * len(numbers)
                 held.append((each, each.index))
         if not held:
-            return cls(heads, None, ROWS, shift, rows, lines, tuple(sorted(slashes)))
+            return cls(heads, None, ROWS, shift, rows, lines, tuple(sorted(slashes)), kinds)
         sizes_of = {index.block for _, index in held}
         if len(sizes_of) > 1:
             raise ValueError(f"indices of one launch must have blocks of one size, not {sorted(sizes_of)}")
-        return cls(heads, _blocks(held, shift, rows), sizes_of.pop(), shift, rows, lines, tuple(sorted(slashes)))
+        blocks = _blocks(held, shift, rows)
+        return cls(heads, blocks, sizes_of.pop(), shift, rows, lines, tuple(sorted(slashes)), kinds)
 
 
 def _check(pattern: Pattern, shift: int, end: int) -> None:
     if min(pattern.strides) < 1:
         raise ValueError(f"a stride must be at least 1, not {min(pattern.strides)}")
     lines = pattern.horizontal or pattern.vertical or pattern.slash
-    if lines and (pattern.start < pattern.sink or shift):
-        raise ValueError(
-            f"lines from {pattern.start} on need a sink before them and rows from 0, not {pattern.sink}, {shift}"
-        )
+    if lines and pattern.start < pattern.sink:
+        raise ValueError(f"lines from {pattern.start} on need a sink before them, not one of {pattern.sink}")
+    if pattern.horizontal and shift:
+        raise ValueError(f"horizontal lines need all rows from 0 on, not from {shift}")
     if lines and pattern.local < 1:
         raise ValueError("lines need a window of at least 1; a query sees itself")
     whole = end if pattern.whole is None else min(max(pattern.whole, shift), end)
