@@ -21,7 +21,7 @@ from vlmbench.spec import LATER
 
 if TYPE_CHECKING:
     from vlmbench.core_run import CorePlan
-    from vlmbench.layout import Prompt
+    from vlmbench.layout import Prompt, TokenLayout
     from vlmbench.models.base import ModelAdapter, Shapes
     from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
@@ -39,6 +39,9 @@ class Corematching(Method):
     ``offload=on`` is for weights that do not fit: FFNs that decoding leaves to core neurons stay on the host (all but those
     of the first `resident` layers), come for prefill one after the other, prefetched, and leave the device their core
     neurons alone; see the method ``offload`` for the dense model so treated.
+
+    ``ffn=gathered`` copies the core neurons' columns of the down projection alone (a third of ``ffn=compact``, the default);
+    decoding reads their rows of gate and up by index in the model's own weights, by a kernel that needs a GPU.
     """
 
     name: ClassVar[str] = "corematching"
@@ -50,7 +53,8 @@ class Corematching(Method):
         "positions, dense FFN in prefill, fixed core neurons in decode; written from descriptions of the paper, since the "
         "public code (mode=release) does none of it",
         extension="beta counts all neurons; activations tied with a token's weakest core one are core; straight curves keep "
-        "all; min_keep; one knee for all media; the release's window of layers scaled to the depth; text alone stays dense",
+        "all; min_keep; one knee for all media; the release's window of layers scaled to the depth; text alone stays dense; "
+        "ffn=gathered",
     )
     traits: ClassVar[Traits] = Traits(stages=frozenset({"prefill", "decode"}), takes=frozenset({"ffn", "cache"}))
 
@@ -66,6 +70,7 @@ class Corematching(Method):
     spearman: bool = False
     offload: bool = False
     resident: int | None = field(default=None, metadata=LATER)
+    ffn: Literal["compact", "gathered"] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for key in ("rho", "beta"):
@@ -87,6 +92,18 @@ class Corematching(Method):
                 f"corematching:offload=on leaves core neurons on the device, and part={self.part},mode={self.mode} decodes "
                 f"with all; leave offload out, or see the method offload."
             )
+        if self.ffn == "compact":  # the default, by which stored runs are known
+            object.__setattr__(self, "ffn", None)
+        if self.ffn and (self.part == "tokens" or self.mode == "release"):
+            raise UsageError(
+                f"corematching:ffn=gathered is how decoding reads core neurons, and part={self.part},mode={self.mode} decodes "
+                f"with all; leave ffn out."
+            )
+        if self.ffn and self.offload:
+            raise UsageError(
+                "corematching:ffn=gathered reads gate and up in the model's own weights, which offload=on keeps on the host; "
+                "give one of them."
+            )
         own = "gt" if self.mode == "release" else "ge"
         if self.mode == "release" and (self.part != "both" or self.spearman or self.compare not in (None, own)):
             raise UsageError(
@@ -102,7 +119,8 @@ class Corematching(Method):
             "weights": self.offload,
         }
         taken = frozenset(name for name, holds in takes.items() if holds)
-        object.__setattr__(self, "traits", replace(type(self).traits, takes=taken))
+        needed = frozenset({"weights"} if self.ffn else ())  # where they are, and as floats
+        object.__setattr__(self, "traits", replace(type(self).traits, takes=taken, needs=needed))
 
     @property
     def _first_last(self) -> tuple[int, int] | None:
@@ -116,7 +134,7 @@ class Corematching(Method):
         return [
             cls(),
             cls(part="tokens", early_kv="kept"),
-            cls(part="neurons", neuron_layers="1/2"),
+            cls(part="neurons", neuron_layers="1/2", ffn="gathered"),
             cls(compare="gt", select_layer=1, min_keep=2, rho=0.5, beta=0.2, spearman=True),
             cls(mode="release"),
         ]
@@ -139,9 +157,10 @@ class Corematching(Method):
 
         check_resident(self.name, self.resident, adapter)
         depth, width = adapter.shapes.layers, adapter.shapes.intermediate
+        kinds = (nn.Linear,) if self.ffn else (nn.Linear, Int8Linear)
         for layer in adapter.layers:
             parts = [getattr(getattr(layer, "mlp", None), f"{name}_proj", None) for name in ("gate", "up", "down")]
-            if not all(type(part) in (nn.Linear, Int8Linear) and getattr(part, "bias", None) is None for part in parts):
+            if not all(type(part) in kinds and getattr(part, "bias", None) is None for part in parts):
                 raise UsageError(
                     f"corematching needs gated FFNs of plain matrices without biases, which {type(layer).__name__} does not "
                     f"have; choose a Qwen2-VL, Qwen2.5-VL or LLaVA-OneVision model that is not quantised."
@@ -177,6 +196,7 @@ class Corematching(Method):
             host=tuple(host),
             compare=self.compare or "ge",
             min_keep=self.min_keep,
+            gathered=self.ffn == "gathered",
             prune_early=self.early_kv == "pruned",
             spearman=self.spearman,
         )
@@ -195,6 +215,14 @@ class Corematching(Method):
         else:
             CoreRun(self.plan(patch.adapter), trace).install(patch)
 
+    def unplanned(self, layout: TokenLayout) -> str:
+        if self.mode == "release" or self.part == "neurons" or not layout.n_visual:
+            return ""
+        return (
+            f"corematching's prefill and cache count every token: how many visual ones leave after layer {self.select_layer} "
+            f"is the knee's to say, once the prompt has run"
+        )
+
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
         """Prefill's FFN is dense. How many tokens stay is known once the prompt has run; before, they count as all."""
         from vlmbench.core_run import stage
@@ -205,20 +233,24 @@ class Corematching(Method):
         return Work(tokens, tuple(t * (t + 1) // 2 for t in tokens), (shapes.intermediate,) * shapes.layers)
 
     def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work:
-        """Keys of the core tokens (of all, before the prompt has run), and weights of the core neurons, which are copies."""
+        """Keys of the core tokens (of all, before the prompt has run), and weights of the core neurons, and what is copied."""
         from vlmbench.core_run import stage
-        from vlmbench.kernels.core_neurons import n_core
+        from vlmbench.kernels.core_neurons import n_core, padded
 
         one, depth = one_token(prompt.length + step + 1, shapes), shapes.layers
         if self.mode == "release" or not prompt.layout.n_visual:
             return one
-        keys, neurons, copied = list(one.pairs), list(one.neurons), 0
+        keys, neurons, copied, read = list(one.pairs), list(one.neurons), 0, 0
         if (kept := trace.kept.get(stage(self.select_layer))) is not None:
             first = 0 if self.early_kv == "pruned" else self.select_layer
             keys[first:] = [len(kept) + step + 1] * (depth - first)
         if self.part != "tokens":
             first, last = self._first_last or (0, depth - 1)
-            chosen = [n_core(self.beta, shapes.intermediate)] * (last + 1 - first)
-            neurons[first : last + 1] = chosen
-            copied = 3 * shapes.hidden * size * sum(chosen)
-        return replace(one, pairs=tuple(keys), neurons=tuple(neurons), own_bytes=copied)
+            n, layers = n_core(self.beta, shapes.intermediate), last + 1 - first
+            neurons[first : last + 1] = [n] * layers
+            if self.ffn == "gathered":  # down's columns with their padding, and an int32 index that is read too
+                copied = layers * (shapes.hidden * size * padded(n) + 4 * n)
+                read = layers * (shapes.hidden * size * (padded(n) - n) + 4 * n)
+            else:
+                copied = layers * 3 * shapes.hidden * size * n
+        return replace(one, pairs=tuple(keys), neurons=tuple(neurons), own_bytes=copied, own_read=read)

@@ -31,7 +31,7 @@ from vlmbench.kernels.core_neurons import (
     n_core,
     reference,
 )
-from vlmbench.layout import Prompt
+from vlmbench.layout import Prompt, Span, TokenLayout
 from vlmbench.method import Method
 from vlmbench.methods.corematching import Corematching
 from vlmbench.methods.full import Full
@@ -315,6 +315,7 @@ METHODS = [
     Corematching(early_kv="kept", select_layer=1, neuron_layers="1/2"),
     Corematching(part="tokens", select_layer=3, compare="gt"),
     Corematching(part="neurons", beta=0.2),
+    Corematching(ffn="gathered", beta=0.3),
 ]
 
 
@@ -575,6 +576,47 @@ def test_the_study_takes_medians_over_samples_layer_by_layer(cli: Any, tmp_path:
         assert row["q1"] <= row["median"] <= row["q3"]
         assert row["positive"] == sum(value > 0 for value in values) / 2
     assert to_markdown(found).count("corematching:rho=0.2") == len(found)
+
+
+# What is not known before.
+
+
+def test_a_plan_says_that_it_counts_tokens_that_will_leave(cli: Any) -> None:
+    small = ("plan", "--model", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--device", "h200")
+
+    def notes(method: str) -> dict[str, Any]:
+        called = cli(*small, "--method", method, "--format", "json")
+        assert called.code == 0, called.err
+        return {row["stage"]: row["note"] for row in json.loads(called.out)["rows"]}
+
+    found = notes("corematching:select_layer=3")
+    assert found["vision"] is None
+    assert found["prefill"] == found["decode"]
+    assert found["prefill"].startswith("corematching's prefill and cache count every token")
+    assert "after layer 3" in found["prefill"]
+    assert notes("uniform:ratio=0.5+corematching:ffn=gathered")["decode"].startswith("corematching's prefill")
+    for method in ("full", "corematching:part=neurons", "corematching:mode=release", "blind+full"):
+        assert set(notes(method).values()) == {None}
+    # Where nothing is done there is nothing to add.
+    assert not Corematching().unplanned(TokenLayout((Span("text", 0, 4),)))
+    said = cli(*small, "--method", "corematching").out.splitlines()
+    assert said[-1].startswith("At most: corematching's prefill and cache count every token")
+    assert not any(line.startswith("At most") for line in cli(*small, "--method", "full").out.splitlines())
+
+
+def test_a_plan_of_the_gathered_ffn_holds_less_and_reads_its_index_too(cli: Any) -> None:
+    """51 of 128 neurons in 4 layers of 64 channels, 2 bytes a number; 64 columns of down are held for them."""
+    rows = {}
+    for method in ("corematching", "corematching:ffn=gathered"):
+        called = cli(
+            *("plan", "--model", "mini-qwen2.5-vl", "--frames", 12, "--frame-tokens", 4, "--device", "h200"),
+            *("--method", method, "--format", "json"),
+        )
+        (rows[method],) = (row for row in json.loads(called.out)["rows"] if row["stage"] == "decode")
+    compact, gathered = rows.values()
+    assert gathered["bytes"] - compact["bytes"] == 4 * (64 * (64 - 51) * 2 + 51 * 4)
+    assert compact["peak_bytes"] - gathered["peak_bytes"] == 4 * (3 * 64 * 51 * 2 - (64 * 64 * 2 + 51 * 4))
+    assert gathered["flops"] == compact["flops"]
 
 
 # What is refused.

@@ -46,6 +46,7 @@ class Composed(Method):
             prefix_reusable=all(each.prefix_reusable for each in traits),
             stages=frozenset().union(*(each.stages for each in traits)),
             takes=frozenset().union(*(each.takes for each in traits)),
+            needs=frozenset().union(*(each.needs for each in traits)),
         )
         object.__setattr__(self, "name", "+".join(part.name for part in self.parts))
         object.__setattr__(self, "traits", union)
@@ -107,8 +108,9 @@ class Composed(Method):
             pairs,
             _least(each.neurons for each in found),
             next((each.vision for each in found if each.vision is not None), None),
-            sum(each.own_flops for each in found),
-            sum(each.own_bytes for each in found),
+            own_flops=sum(each.own_flops for each in found),
+            own_bytes=sum(each.own_bytes for each in found),
+            int8=any(each.int8 for each in found),
         )
 
     def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work | None:
@@ -124,6 +126,7 @@ class Composed(Method):
             own_flops=sum(each.own_flops for each in known),
             own_bytes=sum(each.own_bytes for each in known),
             own_read=sum(each.own_read for each in known),
+            int8=any(each.int8 for each in known),
         )
 
     def _seen(
@@ -177,6 +180,11 @@ def _refuse(parts: Sequence[Method]) -> None:
                 raise UsageError(
                     f"{names}: {taker.name} takes {TAKEN['visual']}, and {left.name} acts on nothing else; give one --method "
                     f"for each."
+                )
+            if needed := sorted(left.traits.needs & taker.traits.takes):
+                raise UsageError(
+                    f"{names}: {left.name} as given needs {TAKEN[needed[0]]} as they are, and {taker.name} takes them; give "
+                    f"one --method for each."
                 )
         if "tower" in other.traits.takes and "prompt" in other.traits.stages and _shortens(one):
             raise UsageError(

@@ -15,7 +15,15 @@ import torch
 
 from vlmbench.core_projection import contribution, spearman
 from vlmbench.core_trace import pack_neurons
-from vlmbench.kernels.core_neurons import co_activation, compact, core_counts, core_set, core_tokens, matrix_of
+from vlmbench.kernels.core_neurons import (
+    co_activation,
+    compact,
+    core_counts,
+    core_set,
+    core_tokens,
+    gathered,
+    matrix_of,
+)
 from vlmbench.kernels.int8_linear import Int8Matrix, has_kernel
 from vlmbench.layout import select_extras
 from vlmbench.offload import stream
@@ -26,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers.cache_utils import Cache
 
-    from vlmbench.kernels.core_neurons import CompactFFN, Compare
+    from vlmbench.kernels.core_neurons import CompactFFN, Compare, GatheredFFN
     from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
 
@@ -46,6 +54,8 @@ class CorePlan:
     """Layers whose FFN decodes with core neurons alone."""
     host: tuple[int, ...]
     """Layers whose whole FFN stays on the host and comes for prefill alone."""
+    gathered: bool
+    """Whether decoding reads gate and up by index instead of copies."""
     compare: Compare
     min_keep: int
     prune_early: bool
@@ -74,7 +84,7 @@ class _Chosen:
     cut: dict[str, Any] = field(default_factory=dict)
     """Keywords that those layers are called with instead."""
     neurons: dict[int, Tensor] = field(default_factory=dict)
-    ffn: dict[int, CompactFFN] = field(default_factory=dict)
+    ffn: dict[int, CompactFFN | GatheredFFN] = field(default_factory=dict)
     spearman: dict[str, float | None] = field(default_factory=dict)
 
 
@@ -175,7 +185,10 @@ class CoreRun:
         if index in plan.sparse:
             now.neurons[index] = neurons
             gate, up, down = (matrix_of(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-            now.ffn[index] = compact(gate, up, down, neurons)
+            if plan.gathered:
+                now.ffn[index] = gathered(gate, up, down, neurons)
+            else:
+                now.ffn[index] = compact(gate, up, down, neurons)
             if isinstance(down, Int8Matrix) and not has_kernel(activations.device, activations.dtype, len(neurons)):
                 self.trace.facts["dequantised"] = True
         selects = index + 1 == plan.select

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vlmbench.artefact import Fitted
     from vlmbench.backend import Identity
     from vlmbench.fitting import Fitting
-    from vlmbench.layout import Prompt
+    from vlmbench.layout import Prompt, TokenLayout
     from vlmbench.models.base import ModelAdapter, Shapes
     from vlmbench.patch import Patcher
     from vlmbench.suite import Sample, Suite
@@ -61,6 +61,8 @@ class Traits:
     """Of {"frames", "vision", "prompt", "prefill", "decode"}: where it acts."""
     takes: frozenset[str] = frozenset()
     """Of `TAKEN`: what of the model is this method's alone, so that no method joined with it by ``+`` may take it too."""
+    needs: frozenset[str] = frozenset()
+    """Of `TAKEN`: what it leaves alone, and no method joined with it may take."""
 
 
 TAKEN = {
@@ -102,6 +104,8 @@ class Work:
     """Held beside weights and cache: copies that the method makes."""
     own_read: int = 0
     """Bytes of one generated token that are read beside weights and cache."""
+    int8: bool = False
+    """The layers' matrices are kept in a byte an entry, with a scale an output."""
 
 
 def one_token(keys: int, shapes: Shapes) -> Work:
@@ -155,6 +159,10 @@ class Method(ABC):
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
         """Change the prompt after vision and before layer 0. Set ``trace.inactive(reason)`` when there is nothing to do."""
         return prompt
+
+    def unplanned(self, layout: TokenLayout) -> str:
+        """What `work` cannot know of such a prompt before it has run, in words that ``vlmbench plan`` prints; else nothing."""
+        return ""
 
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
         """Counted work of this sample's prefill; the default is causal attention over the prepared prompt."""

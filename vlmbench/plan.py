@@ -17,12 +17,14 @@ import torch
 
 from vlmbench import cost, counted
 from vlmbench.cards import Card
+from vlmbench.composed import parts_of
 from vlmbench.errors import UsageError
 from vlmbench.layout import Prompt, TokenLayout
-from vlmbench.madeup import Shape, after_clip, bare, frames_per_unit
+from vlmbench.loaded import typed
+from vlmbench.madeup import Shape, after_clip, bare, frames_per_unit, positions_of
 from vlmbench.method import one_token
 from vlmbench.models.catalogue import FRAME_TOKENS
-from vlmbench.spec import nearest, params_of
+from vlmbench.spec import joined, nearest, params_of
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     *("model", "method", "params", "stage", "tokens", "visual_tokens", "frames", "frame_tokens", "layers", "dtype"),
-    *("device", "flops", "bytes", "roofline_s", "bound", "kv_bytes", "peak_bytes", "memory_bytes", "fits", "note"),
+    *("device", "flops", "bytes", "roofline_s", "bound", "kv_bytes", "peak_bytes", "memory_bytes", "fits"),
+    *("positions", "max_positions", "note"),
 )
 
 
@@ -88,11 +91,15 @@ def stages(
         pixels = tuple(each.to("meta") for key, each in inputs.items() if key.startswith("pixel"))
         seen = counted.Stage(cost.Cost(0, 0), bytes_of(*counted.weights(adapter), *pixels))
     elif "vision" in method.traits.stages:  # what it leaves out of the tower, and of the prompt, shows in its own pass
-        with method.attach(adapter) as trace:
+        with method.attach(adapter) as inside:
+            inside.facts |= trace.facts  # what it did to the frames
             seen = counted.vision(adapter, inputs)
+        trace = inside
     else:
         seen = counted.vision(adapter, inputs)
-    prompt = method.prepare(bare(layout), trace)
+    positions = positions_of(adapter, layout)
+    whole = replace(bare(layout), positions=positions, next_position=int(positions.max()) + 1)
+    prompt = method.prepare(whole, trace)
     work = method.work(prompt, shapes, trace)
     peak, left = counted.prefill_peak(adapter, _empty(adapter, prompt), new_tokens)
     # What a method does not know of its decoding counts as all of it.
@@ -105,8 +112,11 @@ def stages(
         # The last of the decoded tokens, which sees most.
         "decode": (cost.decode(last, shapes, size), left + last.own_bytes),
     }
+    unknown = "; ".join(filter(None, (part.unplanned(prompt.layout) for part in parts_of(method))))
     flops_per_s = card.rate(adapter.dtype)
     whole_peak = max(peak for _, peak in costs.values())
+    # The first of the answer's tokens is the prefill's, the last is never fed back.
+    reach = max(int(prompt.positions.max()) + 1, prompt.next_position + new_tokens - 1)
     return [
         {
             "stage": name,
@@ -121,7 +131,9 @@ def stages(
             "peak_bytes": peak,
             "memory_bytes": card.memory_bytes,
             "fits": whole_peak <= card.memory_bytes,
-            "note": trace.reason or None,
+            "positions": reach,
+            "max_positions": getattr(adapter.text.config, "max_position_embeddings", None),
+            "note": trace.reason or (None if name == "vision" else unknown) or None,
         }
         for name, (one, peak) in costs.items()
     ]
@@ -131,8 +143,8 @@ def to_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows for people, and whether it fits."""
     first = rows[0]
     lines = [
-        f"{first['model']}, {first['method']}, {first['tokens']} tokens ({first['visual_tokens']} visual), {first['dtype']}, "
-        f"on one {first['device']}:"
+        f"{first['model']}, {joined(first['method'], typed(first['params']))}, {first['tokens']} tokens "
+        f"({first['visual_tokens']} visual), {first['dtype']}, on one {first['device']}:"
     ]
     for row in rows:
         lines.append(
@@ -145,8 +157,15 @@ def to_text(rows: Sequence[Mapping[str, Any]]) -> str:
         f"KV cache {first['kv_bytes'] / 2**30:.3f} GiB. {fits}: a peak of {peak / 1e9:.1f} GB against "
         f"{first['memory_bytes'] / 1e9:.0f} GB."
     )
+    if first["max_positions"] is not None and first["positions"] > first["max_positions"]:
+        lines.append(
+            f"Too long for the model: it needs {first['positions']:,} positions, its configuration has "
+            f"{first['max_positions']:,}; times and memory hold, answers would be worth nothing."
+        )
     if first["note"]:
         lines.append(f"The method has nothing to do here: {first['note']}.")
+    elif note := next(filter(None, (row["note"] for row in rows)), None):
+        lines.append(f"At most: {note}.")
     return "\n".join(lines)
 
 

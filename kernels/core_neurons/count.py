@@ -27,6 +27,11 @@ def core_counts(activations: Tensor, rho: float) -> Counts:
     A token's core neurons are the top `rho`, in (0, 1], of its positive entries by value: ``ceil(rho · p)`` of p, and with them
     whatever equals the smallest (CoreInfer, arXiv 2410.18311, section 3.1). A token without a positive entry has none.
     """
+    if activations.device.type != "cpu":
+        from vlmbench.kernels.core_neurons import fused
+
+        if fused.refusal(activations) is None:
+            return fused.core_counts(activations, rho)
     n = activations.shape[1]
     frequency = torch.zeros(n, dtype=torch.int32, device=activations.device)
     activation = torch.zeros(n, dtype=torch.float32, device=activations.device)
@@ -39,12 +44,16 @@ def core_counts(activations: Tensor, rho: float) -> Counts:
 def _least_core(rows: Tensor, rho: float) -> Tensor:
     """The smallest core activation of every row ``[m]``; infinity where none is positive."""
     positive = (rows > 0).sum(1, dtype=torch.int32)
-    wanted = (positive.double() * rho - 1e-9).ceil().long()  # 0.07 · 100 is above 7 in binary
-    wanted = wanted.clamp(min=1)
+    many = wanted(positive, rho)
     # No row can want more than this; asking how many the greediest wants would stop the device at every layer.
     most = math.ceil(rho * rows.shape[1])
-    least = quickselect(rows, wanted) if rows.device.type == "cpu" else by_topk(rows, wanted, most)
+    least = quickselect(rows, many) if rows.device.type == "cpu" else by_topk(rows, many, most)
     return torch.where(positive > 0, least, torch.inf)
+
+
+def wanted(positive: Tensor, rho: float) -> Tensor:
+    """How many of so many `positive` entries are core, int64: the fraction `rho`, rounded up, and at least 1."""
+    return (positive.double() * rho - 1e-9).ceil().long().clamp(min=1)  # 0.07 · 100 is above 7 in binary
 
 
 def by_topk(rows: Tensor, wanted: Tensor, most: int) -> Tensor:
