@@ -55,11 +55,12 @@ bench: setup  ## the fixed CPU workloads against the best dense kernel (minutes)
 
 # On a GPU machine without .venv the machine's own python, torch and transformers are used; what pip refuses there costs nothing,
 # since the checkout comes first on the path.
+# COMMIT names the source where only its files were copied.
 bench-gpu:  ## the fixed GPU workloads into OUT=dir, nine minutes (PART=2 the rest, SMOKE=1 a rehearsal on CPU)
 	@test -n "$(OUT)" || { echo 'Say where the rows go: make bench-gpu OUT=dir'; exit 2; }
 	@test -x $(BIN)/python || timeout 60 $(PYTHON) -m pip install -q --no-deps --no-build-isolation . \
 		|| echo 'pip could not install it here; the checkout itself is used.'
-	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m vlmbench.bench_gpu --out '$(OUT)' \
+	PYTHONPATH=. VLMBENCH_COMMIT=$(COMMIT) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m vlmbench.bench_gpu --out '$(OUT)' \
 		$(if $(SMOKE),--smoke) $(if $(PART),--part $(PART))
 
 # Only files that hold such tests: the others import what a GPU machine may lack.

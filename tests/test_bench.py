@@ -12,14 +12,14 @@ import jsonschema
 import pytest
 import torch
 
-from vlmbench import bench, bench_attention, ceiling, dense, plan
+from vlmbench import bench, bench_attention, ceiling, dense, header, plan, rounds
 from vlmbench.bench_attention import _check
 from vlmbench.bench_row import new_row
 from vlmbench.errors import RunError
 from vlmbench.kernels import block_attention
 from vlmbench.kernels.block_attention import blocks, tiles
 from vlmbench.methods.pevlm import Pevlm
-from vlmbench.publish import bench_table
+from vlmbench.publish import bench_rows, bench_table
 from vlmbench.trace import Trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +132,7 @@ def test_kernels_are_ranked_on_a_shorter_prompt_where_each_would_take_minutes(
     cli: Callable[..., Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(dense, "RANKED", 64)
+    monkeypatch.setattr(dense, "_RANKS", {})
     monkeypatch.setattr(bench_attention, "RANKED", 64)
     lengths: list[int] = []
     stock = dense.causal_sdpa
@@ -147,6 +148,88 @@ def test_kernels_are_ranked_on_a_shorter_prompt_where_each_would_take_minutes(
     assert "ranked at 64 tokens" in row["note"]
     assert lengths.count(row["tokens"]) == 7  # one of warm-up and six rounds
     assert set(lengths) == {64, row["tokens"]}
+
+
+def test_rivals_and_notes_stand_below_the_table() -> None:
+    row = new_row("attention", Pevlm(), bench.Shape(12, 4, 4, 2, 16), torch.device("cpu"), torch.float32)
+    row |= {"method_kernels_s": {"own": 0.25, "flex": 0.125}, "note": "something to know"}
+    text = bench_table([("a-workload", row), ("plain", row | {"method_kernels_s": None, "note": None})])
+    assert "- a-workload: own 0.25 s, flex 0.125 s" in text
+    assert "- a-workload: something to know" in text
+    assert text.count("- plain") == 0
+
+
+def test_tensors_of_one_shape_are_ranked_once_and_each_row_says_what_was_found(
+    cli: Callable[..., Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(dense, "_RANKS", {})
+    ranked: list[int] = []
+    stock = dense.fastest
+
+    def noted(*args: Any) -> Any:
+        ranked.append(1)
+        return stock(*args)
+
+    monkeypatch.setattr(dense, "fastest", noted)
+    methods = ("--method", "pevlm:sink=2,block=2", "--method", "pevlm:sink=4,block=2")
+    called = cli("bench", "attention", *methods, *SMALL, "--format", "json")
+    first, second = json.loads(called.out)["rows"]
+    assert len(ranked) == 1
+    assert first["dense_kernels_s"] == second["dense_kernels_s"] != {}
+    assert first["dense_rounds_s"] != second["dense_rounds_s"]
+    cli("bench", "attention", *methods[:2], *SMALL, "--frames", 13)
+    assert len(ranked) == 2
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rivals_are_timed_in_turns_and_a_wrong_one_has_no_time(cli: Callable[..., Any], monkeypatch: Any) -> None:
+    from vlmbench import mm_flex
+
+    planted = ("--heads", 5, "--kv-heads", 1, "--head-dim", 32, "--frames", 6, "--frame-tokens", 16, "--rounds", 2)
+    options = ("--method", "mminference:pattern=a_shape", *planted, "--check", "--rivals", "--format", "json")
+    (row,) = json.loads(cli("bench", "attention", *options).out)["rows"]
+    assert set(row["method_kernels_s"]) == {"own", "flex"}
+    assert row["method_refused"] == {}
+    right = mm_flex.attention
+    monkeypatch.setattr(mm_flex, "attention", lambda *args, **more: right(*args, **more) * 1.01)
+    (row,) = json.loads(cli("bench", "attention", *options).out)["rows"]
+    assert set(row["method_kernels_s"]) == {"own"}
+    assert "is wrong by" in row["method_refused"]["flex"]
+    assert row["ratio"] > 0
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError])  # the last two: another torch's signature
+def test_turns_give_every_side_as_many_rounds_and_name_those_that_do_not_run(error: type[Exception]) -> None:
+    called: list[str] = []
+
+    def side(name: str) -> rounds.Side:
+        def call(_: Any) -> None:
+            called.append(name)
+            if name == "c":
+                raise error("not here")
+
+        return rounds.Side(name, call)
+
+    seconds, refused = rounds.turns({name: side(name) for name in "abc"}, 3, rounds.Clock(torch.device("cpu")))
+    assert {name: len(each) for name, each in seconds.items()} == {"a": 3, "b": 3}
+    assert refused == {"c": "not here"}
+    assert called == ["a", "b", "c", "b", "a", "a", "b", "b", "a"]
+
+
+def test_rows_stand_behind_the_commit_and_the_machine(cli: Callable[..., Any], tmp_path: Path) -> None:
+    called = cli("bench", "attention", "--method", "pevlm:sink=2,block=2", "--format", "json", *SMALL)
+    data = json.loads(called.out)
+    assert list(data) == ["schema", "commit", "dirty", "versions", "machine", "rows"]
+    assert torch.__version__.startswith(
+        data["versions"]["torch"]
+    )  # what the package is called leaves the CUDA version out
+    (tmp_path / "attention.json").write_text(json.dumps(data | {"commit": "1" * 40, "dirty": True}))
+    (_, row), *_ = rows = bench_rows(tmp_path)
+    assert row["source"].endswith(f"commit {'1' * 12}-dirty")
+    assert f"cores of {header.cpu_name()}" in bench_table(rows).splitlines()[0]
+    (tmp_path / "old.json").write_text(json.dumps({"schema": 1, "rows": data["rows"]}))
+    said = bench_table(bench_rows(tmp_path)).splitlines()[0]
+    assert "-dirty (attention); commit and versions not noted (old)." in said
 
 
 def test_a_wrong_kernel_gets_no_ratio_and_exit_code_1(cli: Callable[..., Any], monkeypatch: Any) -> None:
@@ -235,6 +318,7 @@ def test_the_check_sees_a_key_too_many(monkeypatch: Any) -> None:
         (("--method", "pevlm", "--shape", "nonesuch"), "(known: qwen2.5-vl-7b, "),
         (("--method", "pevlm", "--dtype", "float8"), "--dtype must be one of"),
         (("--method", "pevlm", "--rounds", 0), "--rounds must be at least 1"),
+        (("--method", "pevlm", "--memory-gb", 12), "in bench decode"),
         (("--method", "pevlm", "--batch", 2), "one prompt at a time"),
         (("--method", "pevlm", "--device", "cuda:9"), "not here"),
     ],

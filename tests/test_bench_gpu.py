@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from vlmbench import bench_gpu, bench_gpu_worker
-from vlmbench.bench import COLUMNS, OPS
+from vlmbench import bench_gpu, bench_gpu_worker, dense
+from vlmbench.bench import COLUMNS, OPS, make_methods
+from vlmbench.bench_gpu_workloads import PREFETCHED, RANKED, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 LACKING = ("scipy", "av", "decord", "datasets", "jsonschema", "lmms_eval", "matplotlib")
@@ -29,7 +30,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     block = f"import sys\nfor name in {LACKING}: sys.modules[name] = None\n"
     (folder / "sitecustomize.py").write_text(block)
     command = [sys.executable, "-m", "vlmbench.bench_gpu", "--smoke", "--out", str(folder / "out")]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "VLMBENCH_COMMIT": "0123456789ab"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     return folder / "out", done
 
@@ -39,10 +40,17 @@ def test_the_rehearsal_writes_a_marked_row_for_every_workload(rehearsed: tuple[P
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (out / bench_gpu.ROWS).read_text().splitlines()]
     expected = [each.name for each in bench_gpu.SMOKE if each.part == 1]
-    assert [row["workload"] for row in rows] == expected
-    assert all(list(row) == ["workload", *COLUMNS] for row in rows)
+    # One with a limit on memory has a second row, and its own name comes last: until then nothing counts as measured.
+    assert [row["workload"] for row in rows if not row["workload"].endswith(PREFETCHED)] == expected
+    names = [row["workload"] for row in rows]
+    assert names.index("smoke-core-12gb") == names.index("smoke-core-12gb-prefetched") + 1
+    assert all(list(row) == ["workload", "commit", *COLUMNS] for row in rows)
+    assert {row["commit"] for row in rows} == {"0123456789ab"}  # as given: what was copied there is no checkout
     assert all("smoke" in row["marks"] and row["device"] == "cpu" for row in rows)
     assert set(rows[0]["method_kernels_s"]) >= {"blocks", "flex", "varlen"}
+    for pattern in ("grid", "vs", "a_shape"):  # compared with float64 before they are timed
+        (row,) = (row for row in rows if row["workload"] == f"smoke-mm-{pattern}")
+        assert set(row["method_kernels_s"]) == {"own", "flex"}, row["method_refused"]
     assert not any("eager" in row["marks"] for row in rows), [row["note"] for row in rows]  # all was recorded
     assert json.loads((out / bench_gpu.MACHINE).read_text())["torch"] == torch.__version__
     assert sorted(path.name for path in out.iterdir()) == sorted((bench_gpu.ROWS, bench_gpu.LOG, bench_gpu.MACHINE))
@@ -140,15 +148,15 @@ def test_at_the_deadline_what_a_worker_started_ends_with_it(tmp_path: Path, monk
 
 
 def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
-    from vlmbench.session import make_methods
-
     names = [each.name for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE)]
     assert len(set(names)) == len(names)
     for each in (*bench_gpu.WORKLOADS, *bench_gpu.SMOKE):
         assert each.op in (*OPS, "tests")
         make_methods([each.method])
         _, options = each.split()
-        assert set(options) <= {"check", "rounds", "layers", "steps", "rivals", "graphs", "alone"}
+        known = {"check", "rounds", "layers", "steps", "rivals", "graphs", "alone"}
+        limited = {"rounds", "steps", "memory_gb", "resident", "graphs"}
+        assert set(options) <= (limited if "memory_gb" in options else known)
     assert bench_gpu.WORKLOADS[0].op == "tests"
     # All that the contract fixes is there, and what comes first is rehearsed.
     mm = {
@@ -156,7 +164,8 @@ def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
         for p in ("grid", "vs", "a_shape", "mix")
         for n in ("16k", "64k", "128k", "360k", "720k", "1m")
     }
-    assert mm | {"gpu-pevlm", "gpu-turbo", "gpu-turbo-siglip", "gpu-core", "gpu-memvp"} <= set(names)
+    other = {"gpu-pevlm", "gpu-turbo", "gpu-turbo-siglip", "gpu-core", "gpu-core-12gb", "gpu-memvp"}
+    assert mm | other <= set(names)
     kinds = {
         first: {(each.op, each.method.partition(":")[0]) for each in some if each.part == 1 and each.op in OPS}
         for first, some in (("card", bench_gpu.WORKLOADS), ("rehearsed", bench_gpu.SMOKE))
@@ -164,3 +173,31 @@ def test_every_workload_can_be_named_and_asks_for_what_there_is() -> None:
     assert kinds["card"] <= kinds["rehearsed"]
     # With the start of the machine's python it must end inside the ten minutes of a command.
     assert sum(each.about_s for each in bench_gpu.WORKLOADS if each.part == 1) <= bench_gpu.BUDGET_S < 600
+    assert max(each.about_s for each in bench_gpu.WORKLOADS) < bench_gpu.BUDGET_S  # else it would never start
+
+
+def test_a_guess_is_no_less_than_what_dense_attention_takes_by_arithmetic() -> None:
+    """At a million tokens and 600 TFLOP/s one call of one layer takes 12 s: warm-up and rounds alone are half a minute."""
+    from vlmbench.madeup import Shape
+
+    for each in bench_gpu.WORKLOADS:
+        shape, options = each.split()
+        if each.op == "attention":
+            call = 4 * shape.heads * shape.head_dim * shape.tokens * (shape.tokens + 1) / 2 / 600e12
+            assert each.about_s > (1 + options.get("rounds", 7)) * call, each.name
+    assert Shape(1, 1, 1, 1, 1).text_tokens == TEXT
+    assert RANKED == dense.RANKED
+
+
+def test_the_workloads_hold_the_curves_of_time_over_density() -> None:
+    """Five budgets at every length, with the rows of published sizes; three at a million tokens."""
+    points: dict[tuple[str, int], set[float]] = {}
+    for each in bench_gpu.WORKLOADS:
+        if each.name.startswith(("gpu-mm-", "gpu-density-")) and each.op == "attention":
+            (method,) = make_methods([each.method])
+            points.setdefault((method.pattern, each.split()[0].tokens), set()).add(method.budget)  # type: ignore[attr-defined]
+    for pattern in ("grid", "vs", "a_shape"):
+        found = {tokens: budgets for (name, tokens), budgets in points.items() if name == pattern}
+        assert len(found) == 6
+        assert max(found) > 999_000
+        assert sorted(map(len, found.values())) == [1, 3, 5, 5, 5, 5]

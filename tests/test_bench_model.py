@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import jsonschema
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from vlmbench import bench, bench_model, bench_row, bench_sides, madeup, rounds
-from vlmbench.dense import Flex, causal_sdpa
+from vlmbench.dense import Flex, causal_mask, causal_sdpa
 from vlmbench.errors import UsageError
 from vlmbench.method import Citation, Method, Traits
 from vlmbench.methods.uniform import Uniform
@@ -308,6 +309,18 @@ def test_flex_attention_is_causal_attention() -> None:
     q, k, v = (torch.randn(1, heads, 130, 16) for heads in (4, 2, 2))
     # float32 sums in another order
     assert torch.allclose(Flex(compiled=False)(q, k, v), causal_sdpa(q, k, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 128, 130, 512, 600])
+def test_the_tables_of_causal_flex_attention_are_torchs_own(n: int) -> None:
+    """Whose maker is not called: compiled, as a long prompt needs it, it may take minutes."""
+    ours = causal_mask(n, torch.device("cpu"))
+    theirs = create_block_mask(ours.mask_mod, None, None, n, n, device="cpu")
+    assert ours.seq_lengths == theirs.seq_lengths == (n, n)
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    full = n // 128  # torch asks the rule in all tiles of a last row that is cut
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(ours, name)[..., :full], getattr(theirs, name)[..., :full])
 
 
 def test_frames_are_as_square_as_their_number_allows() -> None:

@@ -99,6 +99,27 @@ def test_the_report_says_where_each_pattern_breaks_even_and_leaves_rehearsals_ou
     assert "Nothing was timed." in density.to_markdown({"rows": smoke})
 
 
+def test_rows_of_a_gpus_workloads_are_points_of_the_same_curves(tmp_path: Path) -> None:
+    """Published sizes from gpu-mm and other budgets from gpu-density; whatever else is there is none."""
+    params = {"pattern": "grid", "boundary": "none", "budget": 1.0}
+    points = [
+        timed(ratio, limit, op="attention", params=params | {"budget": budget}, workload=name, shape=None, dense_s=1.0)
+        for name, budget, ratio, limit in (
+            ("gpu-mm-grid-64k", 1.0, 2.0, 8.0),
+            ("gpu-density-grid-64k-4", 4.0, 0.5, 2.0),
+        )
+    ]
+    other = [
+        points[0] | {"op": "prefill"},
+        points[0] | {"params": {"sink": 4}},
+        points[0] | {"params": params | {"boundary": "q"}},
+    ]
+    rows = density.of_bench([*reversed(points), *other])
+    assert [(row["budget"], row["density"]) for row in rows] == [(1.0, 0.125), (4.0, 0.5)]
+    assert "faster up to a density of 0.31" in density.to_markdown({"file": "rows.jsonl", "rows": rows})
+    assert "Written from `rows.jsonl`" in density.to_markdown({"file": "rows.jsonl", "rows": rows})
+
+
 def command() -> Typer:
     app = Typer()
     app.command()(density.main)

@@ -6,7 +6,7 @@ same columns (`bench_row`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,10 @@ from vlmbench.madeup import Shape, shapes
 from vlmbench.rounds import release
 from vlmbench.session import make_methods
 
-__all__ = ["COLUMNS", "OPS", "Shape", "bench", "make_methods", "shapes", "to_text"]
+if TYPE_CHECKING:
+    from vlmbench.method import Method
+
+__all__ = ["COLUMNS", "OPS", "Shape", "bench", "bench_offload", "make_methods", "shapes", "to_text"]
 
 OPS = ("attention", "prefill", "decode", "vision")
 
@@ -47,15 +50,43 @@ def bench(
     """
     from vlmbench import bench_attention, bench_model
 
+    method, on, dtype_ = _begin(spec, device, dtype)
+    if check and op != "attention":
+        raise UsageError("--check compares one layer's attention; leave it out here or use bench attention.")
+    if rivals and op != "attention":
+        raise UsageError("--rivals times kernels of one layer's attention; leave it out here or use bench attention.")
+    if op == "attention":
+        return bench_attention.row(method, shape, on, dtype_, rounds, check, rivals, seed)
+    return bench_model.row(op, method, shape, on, dtype_, rounds, layers, steps, seed, graphs, alone)
+
+
+def bench_offload(
+    spec: str,
+    shape: Shape,
+    *,
+    device: str | None,
+    dtype: str | None,
+    memory_gb: float,
+    rounds: int,
+    steps: int = 32,
+    resident: int | None = None,
+    graphs: bool | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Dense side (plain and prefetched offload) -> its row, on a card of so many GB: `bench_offload.rows`."""
+    from vlmbench import bench_offload
+
+    if not memory_gb > 0:
+        raise UsageError(f"--memory-gb must be above 0, not {memory_gb:g}.")
+    method, on, dtype_ = _begin(spec, device, dtype)
+    sizes: dict[str, Any] = {"memory_gb": memory_gb, "rounds": rounds, "steps": steps, "resident": resident}
+    return bench_offload.rows(method, shape, on, dtype_, graphs=graphs, **sizes)
+
+
+def _begin(spec: str, device: str | None, dtype: str | None) -> tuple[Method, torch.device, torch.dtype]:
     (method,) = make_methods([spec])
     on = pick_device(device)
     release()  # a model of an earlier row counts in no peak of this one
     if on.type == "cuda":
         # Of one function torch compiles for eight shapes, and runs a ninth as it is written.
         torch.compiler.reset()
-    if check and op != "attention":
-        raise UsageError("--check compares one layer's attention; leave it out here or use bench attention.")
-    dtype_ = pick_dtype(dtype, on)
-    if op == "attention":
-        return bench_attention.row(method, shape, on, dtype_, rounds, check, rivals, seed)
-    return bench_model.row(op, method, shape, on, dtype_, rounds, layers, steps, seed, graphs, alone)
+    return method, on, pick_dtype(dtype, on)

@@ -6,8 +6,9 @@ prompt (`index_s`) is timed apart and shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from vlmbench.dense import RANKED, ranked
 from vlmbench.errors import RunError, UsageError
 from vlmbench.kernels.block_attention import forget, runs_fast
 from vlmbench.madeup import Shape
-from vlmbench.rounds import Clock, Side, fastest, out_of_memory, peak_bytes, race
+from vlmbench.rounds import Clock, Side, out_of_memory, peak_bytes, race, turns
 from vlmbench.trace import Trace
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ def row(
         run = race(order[0] if order else None, own, rounds, clock, order[1:])
         note_masked(found, trace)  # what the kernel refused at its launch is known now
         close_row(found, run, seconds, refused)
-        if rivals and plan is not None and getattr(method, "plain", True):
-            _, found["method_kernels_s"], found["method_refused"] = fastest(_rivals(q, k, v, plan, check, seed), clock)
+        if rivals:
+            ways = _ways(method, prompt, q, k, v)
+            run_of, found["method_refused"] = turns(_rivals(ways, q, k, v, rule, check, seed), rounds, clock)
+            found["method_kernels_s"] = {name: median(each) for name, each in run_of.items()}
         if "method" not in run.failed:
             found["peak_bytes"] = peak_bytes(own, [q, k, v], device)
         sizes = (shape.tokens, shape.heads, shape.kv_heads, shape.head_dim, dtype.itemsize)
@@ -134,18 +137,41 @@ def _method_attention(method: Method, prompt: Prompt, trace: Trace, q: Tensor, k
     return lambda: attend(module, q, k, v, None, **options)[0].transpose(1, 2)
 
 
-def _rivals(q: Tensor, k: Tensor, v: Tensor, plan: Any, check: bool, seed: int) -> dict[str, Side]:
-    """Every way there is to compute a plan's attention but the masked one; with `check`, a wrong one has no time."""
-    from vlmbench.kernels.block_attention import blocks, flex, fused, varlen
+def _ways(method: Method, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Attention]:
+    """Every way there is to compute the method's attention but the masked one, its tables and indices included.
 
-    ways = {"fused": fused, "flex": flex, "varlen": varlen} | ({"blocks": blocks} if q.device.type == "cpu" else {})
+    None where the method does not say what it attends to, or reweighs it.
+    """
+    plan, scene = prompt.extras.get("block_plan"), prompt.extras.get("mm_scene")
+    if plan is not None and getattr(method, "plain", True):
+        from vlmbench.kernels.block_attention import blocks, flex, fused, varlen
+
+        kernels: dict[str, Any] = {"fused": fused, "flex": flex, "varlen": varlen}
+        kernels |= {"blocks": blocks} if q.device.type == "cpu" else {}
+        return {name: partial(kernel.block_attention, q, k, v, plan) for name, kernel in kernels.items()}
+    if scene is None:
+        return {}
+    from vlmbench import mm_attention, mm_flex
+
+    heads = method.heads(scene, 0, q.shape[1])  # type: ignore[attr-defined]
+
+    def own() -> Tensor:  # without what is only noted in a trace
+        return mm_attention.attention(q, k, v, heads, scene, probe=False, settle=False)[0]
+
+    return {"own": own, "flex": lambda: mm_flex.attention(q, k, v, heads, scene)}
+
+
+def _rivals(
+    ways: Mapping[str, Attention], q: Tensor, k: Tensor, v: Tensor, rule: Any, check: bool, seed: int
+) -> dict[str, Side]:
+    """Sides of these ways; with `check`, a wrong one has no time."""
 
     def side(name: str, attend: Attention) -> Side:
         @lru_cache  # once, outside the time
         def first() -> None:
             if check:
                 try:
-                    _check(attend(), q, k, v, plan, seed)
+                    _check(attend(), q, k, v, rule, seed)
                 except RunError as error:
                     raise ValueError(str(error)) from None
 
@@ -155,7 +181,7 @@ def _rivals(q: Tensor, k: Tensor, v: Tensor, plan: Any, check: bool, seed: int) 
 
         return Side(name, lambda _: attend(), ready)
 
-    return {name: side(name, partial(way.block_attention, q, k, v, plan)) for name, way in ways.items()}
+    return {name: side(name, attend) for name, attend in ways.items()}
 
 
 def _check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: Any, seed: int) -> str:

@@ -65,6 +65,7 @@ def row(
     graphs = device.type == "cuda" and op != "prefill" if graphs is None else graphs
     try:
         adapter = _load(shape, layers, device, dtype, seed)
+        method.check(adapter)
         bench = _Bench(adapter, method, shape, device, dtype, rounds, steps, seed, graphs, alone)
         found |= {
             "layers": bench.adapter.shapes.layers,
@@ -144,9 +145,7 @@ class _Bench(Sides):
         recording = make if self.graphs and less.extras.get("block_plan") is None else None
         own = self.own_side(self._prepare_and_prefill, ready)
         best, own = self.race(row, dense, own, make=recording, in_order=self.ranks_apart)
-        if ran.facts.get("masked"):  # what the kernel refused at its launch is known now
-            trace.facts["masked"] = True
-        note_masked(row, trace)
+        note_masked(row, ran)  # what the kernel refused at its launch is known now
         shapes, size = self.adapter.shapes, self.dtype.itemsize
         plain = _full().work(dense_prompt, shapes, Trace())
         work = self.method.work(less, shapes, ran)
@@ -182,6 +181,7 @@ class _Bench(Sides):
         else:
             best, own = self.race(row, dense, own)
         self.prepared(row, own_prompt, trace)
+        note_masked(row, ran)
         shapes, size = self.adapter.shapes, self.dtype.itemsize
         dense_works = [one_token(dense_prompt.length + step + 1, shapes) for step in range(self.steps)]
         found = [self.method.decode_work(less, shapes, ran, step, size) for step in range(self.steps)]

@@ -35,6 +35,12 @@ COLUMNS = (
     *("marks", "note"),
 )
 
+STOOD_IN = {
+    "masked": "no kernel for this device or shape: plain calls ran that compute scores and mask them",
+    "dequantised": "no kernel for this device or dtype: int8 weights were written out as floats at every call",
+}
+"""`Trace.facts` that say so, and marks -> what ran instead."""
+
 
 def new_row(op: str, method: Method, shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """A row with everything that is known before anything runs."""
@@ -85,10 +91,11 @@ def mark_masked(row: dict[str, Any], trace: Trace, device: torch.device) -> None
 
 
 def note_masked(row: dict[str, Any], trace: Trace) -> None:
-    """Say once that a mask stood in for a kernel."""
-    if trace.facts.get("masked") and "masked" not in row["marks"]:
-        row["marks"] = [*row["marks"], "masked"]
-        add_note(row, "no kernel for this device or shape: plain calls ran that compute scores and mask them")
+    """Say once that something stood in for a kernel."""
+    for mark, says in STOOD_IN.items():
+        if trace.facts.get(mark) and mark not in row["marks"]:
+            row["marks"] = [*row["marks"], mark]
+            add_note(row, says)
 
 
 def close_row(row: dict[str, Any], run: Race, seconds: Mapping[str, float], refused: Mapping[str, str]) -> None:

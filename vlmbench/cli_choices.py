@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -19,9 +20,9 @@ class Listing(StrEnum):
     json = "json"
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """As every machine-readable output."""
-    print(json.dumps({"schema": 1, "rows": rows}, indent=1))
+def print_rows(rows: list[dict[str, Any]], said: Mapping[str, Any] | None = None) -> None:
+    """As every machine-readable output; `said` stands before the rows."""
+    print(json.dumps({"schema": 1, **(said or {}), "rows": rows}, indent=1))
 
 
 def only_one(methods: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,6 +134,13 @@ def bench(
     steps: Annotated[int, typer.Option(help="Tokens that decode generates.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds that count.")] = 7,
     check: Annotated[bool, typer.Option("--check", help="Compare with float64 first; no ratio on a mismatch.")] = False,
+    rivals: Annotated[
+        bool, typer.Option("--rivals", help="attention: time every other kernel for the same pairs too.")
+    ] = False,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(help="decode: of the card; FFNs stay on the host, dense ones stream (a row each way)."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: the device's.")] = None,
     format: Annotated[Listing, typer.Option(help="json for programs.")] = Listing.text,
@@ -141,6 +148,7 @@ def bench(
 ) -> int:
     """Time one operation of a method, or a stage of a model with it, against the best dense kernel, in turns."""
     from vlmbench import bench as benches
+    from vlmbench.header import measured_on
 
     if rounds < 1:
         raise UsageError(f"--rounds must be at least 1, not {rounds}.")
@@ -155,13 +163,19 @@ def bench(
         batch=batch,
         text_tokens=text_tokens,
     )
-    rows = [
-        benches.bench(op, one, each, device=device, dtype=dtype, rounds=rounds, check=check, layers=layers, steps=steps)
-        for each in sizes
-        for one in method
-    ]
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "rounds": rounds, "steps": steps}
+    if memory_gb is not None:
+        if op != BenchOp.decode or check or rivals or layers:
+            raise UsageError(
+                "--memory-gb is for the whole model in bench decode; leave it or --check, --rivals, --layers out."
+            )
+        found = [benches.bench_offload(one, each, memory_gb=memory_gb, **options) for each in sizes for one in method]
+        rows = [row for both in found for row in both.values()]
+    else:
+        options |= {"check": check, "layers": layers, "rivals": rivals}
+        rows = [benches.bench(op, one, each, **options) for each in sizes for one in method]
     if format is Listing.json:
-        print_rows(rows)
+        print_rows(rows, measured_on())
     else:
         print(benches.to_text(rows))
     return 0

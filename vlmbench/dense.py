@@ -18,8 +18,12 @@ from vlmbench.rounds import Clock, Side, fastest
 
 SCORES_LIMIT = 2**28
 """Bytes of N² scores above which the kernel that writes them down is left out."""
-RANKED = 2**18
+RANKED = 2**17
 """Tokens above which kernels are not each timed: at a million one call takes ten seconds and more."""
+TILE = 128
+"""Rows and keys of a tile of FlexAttention's tables."""
+_RANKS: dict[Any, tuple[dict[str, float], dict[str, str]]] = {}
+"""What `ranked` found in this process: compiling and timing every kernel takes longer than many a row."""
 
 
 def backends(device: torch.device, score_bytes: int) -> list[SDPBackend]:
@@ -59,10 +63,20 @@ def sides(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Side]:
 
 
 def ranked(q: Tensor, k: Tensor, v: Tensor, clock: Clock) -> tuple[list[Side], dict[str, float], dict[str, str]]:
-    """`sides` that run, the fastest first, as `fastest` times them; at `RANKED` tokens where they are more."""
+    """`sides` that run, the fastest first, as `fastest` times them; at `RANKED` tokens where they are more.
+
+    Tensors of the same shapes are ranked once a process.
+    """
     all_of_it = sides(q, k, v)
-    tried = all_of_it if q.shape[2] <= RANKED else sides(*(x[:, :, :RANKED] for x in (q, k, v)))
-    _, seconds, refused = fastest(tried, clock)
+    short = [x[:, :, :RANKED] for x in (q, k, v)]
+    key = (q.device, q.dtype, *(x.shape for x in short))
+    if key not in _RANKS:
+        tried = all_of_it if q.shape[2] <= RANKED else sides(*short)
+        _, seconds, refused = fastest(tried, clock)
+        if not any("memory" in reason for reason in refused.values()):  # another time there may be enough
+            _RANKS[key] = seconds, refused
+    else:
+        seconds, refused = _RANKS[key]
     return [all_of_it[name] for name in sorted(seconds, key=lambda name: seconds[name])], seconds, refused
 
 
@@ -70,17 +84,16 @@ class Flex:
     """Causal FlexAttention, its block mask made once a length. Compiled unless a test asks for the slow way."""
 
     def __init__(self, compiled: bool = True) -> None:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        from torch.nn.attention.flex_attention import flex_attention
 
         # One graph a shape: a dynamic one is slower, and nobody would compare with it.
         self._attend = torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
-        self._make_mask: Callable[..., Any] = torch.compile(create_block_mask) if compiled else create_block_mask
         self._masks: dict[int, Any] = {}
 
     def prepare(self, n: int, device: torch.device) -> None:
         """Make the mask of a length outside the time: like a plan, it is the same in every layer."""
         if n not in self._masks:
-            self._masks[n] = self._make_mask(_causal, None, None, n, n, device=device)
+            self._masks[n] = causal_mask(n, device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n = q.shape[2]
@@ -90,6 +103,19 @@ class Flex:
     def as_model_attention(self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Any, None]:
         """For `Patcher.attention`; prefill from an empty cache only."""
         return self(q, k, v).transpose(1, 2).contiguous(), None
+
+
+def causal_mask(n: int, device: torch.device) -> Any:
+    """A `BlockMask` of n tokens: tiles before a row's own are whole, and the rule is asked in its own alone.
+
+    Torch's maker has to be compiled for a prompt that is long, which at some lengths takes minutes (pytorch/pytorch#182060).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    number = torch.arange(-(-n // TILE), dtype=torch.int32, device=device)
+    own = ((number[:, None] + number) % len(number)).int()  # of each row only the first counts
+    tables = (torch.ones_like(number), own, number, number.expand_as(own).contiguous())
+    return BlockMask.from_kv_blocks(*(each[None, None] for each in tables), TILE, _causal, seq_lengths=(n, n))
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

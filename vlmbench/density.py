@@ -76,6 +76,16 @@ def row(timed: Row, pattern: str, budget: float) -> dict[str, Any]:
     }
 
 
+def of_bench(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows of the curves from those rows of `bench` that are points of one, sorted by pattern, length and budget."""
+    found = []
+    for timed in rows:
+        params = timed["params"] or {}
+        if timed["op"] == "attention" and params.get("pattern") in PATTERNS and params.get("boundary") == "none":
+            found.append(row(timed, params["pattern"], params["budget"]))
+    return sorted(found, key=lambda each: (PATTERNS.index(each["pattern"]), each["tokens"], each["budget"]))
+
+
 def densest(rows: Iterable[Row]) -> BreakEven:
     """Of one pattern and length: the density up to which it is faster, straight between what was timed."""
     return _crossing(rows, "density", float)
@@ -108,18 +118,17 @@ def to_markdown(data: Mapping[str, Any]) -> str:
     lines = [
         "# Sparse patterns: time against density",
         "",
-        "Written from `kernels.json` by `python -m vlmbench.publish`; do not edit. One layer's attention with its index, over "
-        "the best dense kernel of the machine, in interleaved rounds; brackets are 95 % intervals. *Density* is the pairs that "
-        "a pattern allows over dense causal pairs, *time* its seconds over dense seconds (below 1 is faster), and *reached* "
-        "the ratio over what the pairs allow. Queries and keys hold planted lines, columns and diagonals.",
+        f"Written from `{data.get('file', 'kernels.json')}` by `python -m vlmbench.publish`; do not edit. One layer's "
+        "attention with its index, over the best dense kernel of the machine, in interleaved rounds; brackets are 95 % "
+        "intervals. *Density* is the pairs that a pattern allows over dense causal pairs, *time* its seconds over dense ones "
+        "(below 1 is faster), and *reached* the ratio over what the pairs allow. Queries and keys hold planted lines, columns "
+        "and diagonals.",
     ]
     if not rows:
         return "\n".join([*lines, "", "Nothing was timed.", ""])
     first = rows[0]
-    lines += [
-        "",
-        f"{first['device']}, {first['dtype']}, {first['heads']} heads, {first['kv_heads']} key heads of {first['head_dim']}.",
-    ]
+    said = f"{first['device']}, {first['dtype']}, {first['heads']} heads, {first['kv_heads']} key heads of {first['head_dim']}"
+    lines += ["", f"{', '.join(filter(None, (said, header.said(data))))}."]
     for pattern in dict.fromkeys(each["pattern"] for each in rows):
         own = [each for each in rows if each["pattern"] == pattern]
         lines += ["", f"## {pattern}", "", "| tokens | budget | density | time | faster × | reached | marks |"]
@@ -190,7 +199,7 @@ def main(
     if min(budgets) <= 0:
         raise SystemExit(f"--budget must be numbers above 0 with / between them, not {budget!r}.")
     rows: list[dict[str, Any]] = []
-    data: dict[str, Any] = {"schema": 1, "versions": header.versions(), "rows": rows}
+    data: dict[str, Any] = {"schema": 1, **header.measured_on(), "rows": rows}
     try:
         on = pick_device(device)
         data["dtype"] = str(pick_dtype(dtype, on))

@@ -154,6 +154,26 @@ def source() -> dict[str, Any]:
     return {"commit": commit, "dirty": None if changes is None else bool(changes)}
 
 
+def source_name() -> str | None:
+    """The commit of the running source in short, ``-dirty`` behind it when it has changes; None when it is no checkout."""
+    found = source()
+    return found["commit"] and found["commit"][:12] + ("-dirty" if found["dirty"] else "")
+
+
+def measured_on() -> dict[str, Any]:
+    """What stands before rows that are no run's: source, versions and processor."""
+    return {**source(), "versions": versions(), "machine": {"cpu": cpu_name(), "cores": cores()}}
+
+
+def said(data: Mapping[str, Any]) -> str:
+    """What `measured_on` said, in words; nothing about what is not there."""
+    found, machine = data.get("versions") or {}, data.get("machine")
+    words = [f"{machine['cores']} cores of {machine['cpu']}"] if machine else []
+    words += [f"{name} {found[name]}" for name in ("python", "torch", "triton", "transformers") if name in found]
+    words += [f"commit {data['commit'][:12]}{'-dirty' if data.get('dirty') else ''}"] if data.get("commit") else []
+    return ", ".join(words)
+
+
 def cpu_name() -> str:
     """The processor's marketing name where the system tells it."""
     try:

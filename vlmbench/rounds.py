@@ -16,6 +16,8 @@ from torch import Tensor
 from vlmbench.live import LiveStorages
 
 WARMUP = 1
+REFUSALS = (RuntimeError, ValueError, ImportError, TypeError, AttributeError)
+"""Not for this device, dtype or size; no compiler for it; or this torch calls it otherwise."""
 FAR = 1.5
 """Times the best so far: what no second look would make the fastest."""
 
@@ -104,6 +106,22 @@ def race(dense: Side | None, own: Side, rounds: int, clock: Clock, instead: Sequ
     return found
 
 
+def turns(sides: Mapping[str, Side], rounds: int, clock: Clock) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of every side that runs here, `rounds` of each after `WARMUP`, in turns; and why the others did not run."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    refused: dict[str, str] = {}
+    for turn in range(WARMUP + rounds):
+        names = [*seconds]
+        for name in names[turn % len(names) :] + names[: turn % len(names)] if names else ():
+            try:
+                seconds[name].append(sides[name].seconds(clock))
+            except REFUSALS as error:
+                refused[name] = first_line(error)
+                del seconds[name]
+                release()
+    return {name: each[WARMUP:] for name, each in seconds.items()}, refused
+
+
 def fastest(
     sides: Mapping[str, Side], clock: Clock, *, in_order: bool = False
 ) -> tuple[Side | None, dict[str, float], dict[str, str]]:
@@ -123,11 +141,7 @@ def fastest(
             seconds[name] = once = side.seconds(clock)
             if once < FAR * min(seconds.values()):
                 seconds[name] = median((once, side.seconds(clock)))
-        except (
-            RuntimeError,
-            ValueError,
-            ImportError,
-        ) as error:  # not for this device, dtype or size; or no compiler for it
+        except REFUSALS as error:
             refused[name] = first_line(error)
             release()
     best = min(seconds, key=lambda name: seconds[name]) if seconds else None
