@@ -344,15 +344,50 @@ def test_latex_has_as_many_cells_in_every_line_as_columns(filled: ResultStore, l
     assert re.findall(r"[^\x00-\x7f]", text) == []  # every sign that is not ASCII has a command
 
 
+EVIL = '\\input{/etc/passwd} 50% & $x$ #1 ~^_ <script> | {} \x1b[0m é × ð € ° ² − µ " → ≥ \u202e\N{CJK UNIFIED IDEOGRAPH-5B57}'
+"""Text as a model, a file name or a header may hold it."""
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex")
-def test_latex_compiles(filled: ResultStore, ladder: Path, tmp_path: Path) -> None:
-    packages = r"\usepackage{booktabs,multirow}\usepackage[table]{xcolor}\usepackage[T1]{fontenc}"
-    found = "\n".join(to_latex(tables(ladder if name == "latency-budget" else filled.root, name)) for name in NAMES)
-    text = f"\\documentclass{{article}}{packages}\n\\begin{{document}}\n{found}\n\\end{{document}}\n"
+def test_latex_compiles_and_nothing_is_wider_than_the_line(filled: ResultStore, ladder: Path, tmp_path: Path) -> None:
+    """All layouts in one document, with methods of many parameters, texts that would be commands, and marked figures."""
+    many = {f"parameter{i}": "a value" if i % 2 else i for i in range(20)}
+    method(filled, "ape", POOR, 2.5, method_params=many)
+    method(filled, "star", POOR, 2.5, method_params={"mode": EVIL.replace('"', "")})
+    found = [table for name in NAMES for table in tables(ladder if name == "latency-budget" else filled.root, name)]
+    assert any(line.best for table in found for band in table.bands for line in band.lines)
+    assert any(line.second for table in found for band in table.bands for line in band.lines)
+    for table in found:
+        table.title, table.notes = f"{table.title} {EVIL}", [*table.notes, EVIL]
+        table.bands[-1].title = EVIL
+    packages = r"\usepackage{booktabs,multirow,graphicx}\usepackage[table]{xcolor}"
+    text = f"\\documentclass{{article}}{packages}\n\\begin{{document}}\n{to_latex(found)}\n\\end{{document}}\n"
     (tmp_path / "tables.tex").write_text(text)
     command = ["pdflatex", "-no-shell-escape", "-halt-on-error", "-interaction=nonstopmode", "tables.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+    assert "Overfull \\hbox" not in done.stdout
+    assert "root:" not in done.stdout
+    if not shutil.which("pdftotext"):
+        return
+    subprocess.run(["pdftotext", "-layout", "tables.pdf"], cwd=tmp_path, check=True)
+    printed = (tmp_path / "tables.txt").read_text()
+    for part in (r"\input{/etc/passwd} 50% & $x$ #1", "[U+5B57]", "in full:", "parameter19=", "90.0"):
+        assert part in printed
+
+
+def test_a_header_that_nobody_typed_is_printed_as_it_is(filled: ResultStore) -> None:
+    method(filled, "ape", FAIR, 4.0, method_params={"mode": 'a"b'})
+    assert "ape:mode=a''b" in to_latex([only(filled, "efficiency")])
+
+
+def test_a_line_of_latex_is_named_by_what_tells_it_from_others(filled: ResultStore) -> None:
+    method(filled, "uniform", FAIR, 4.0, visual=25, method_params={"ratio": 0.25, "tokens": None})
+    method(filled, "uniform", FAIR, 4.0, visual=50, method_params={"ratio": 0.5, "tokens": None})
+    method(filled, "ape", FAIR, 4.0, method_params={"sink": 4, "block": 8})
+    text = to_latex([only(filled, "efficiency")])
+    assert {"ape", "uniform:ratio=0.25", "uniform:ratio=0.5"} <= {line.split(" & ")[0] for line in body(text)}
+    assert r"in full: ape:block=8,\allowbreak sink=4." in text or r"in full: ape:sink=4,\allowbreak block=8." in text
 
 
 def test_what_is_best_is_bold_and_second_underlined(filled: ResultStore, cli: Cli) -> None:
@@ -365,6 +400,7 @@ def test_what_is_best_is_bold_and_second_underlined(filled: ResultStore, cli: Cl
 
 
 def test_text_is_data_in_latex() -> None:
+    assert escape("字é€") == "[U+5B57]é[U+20AC]"
     assert escape("\\input{x}_%\n\x1b[0m") == r"\textbackslash{}input\{x\}\_\%[0m"
 
 

@@ -233,6 +233,38 @@ def test_no_speedup_is_shown_when_the_method_mostly_did_nothing(
     assert ("inactive>10%" in row["marks"]) != shown
 
 
+@pytest.mark.parametrize("often", [3, 2])
+def test_a_joined_method_of_which_a_part_never_acted_is_named(store: ResultStore, often: int) -> None:
+    records = answered([1.0] * 3)
+    for each in records[:often]:
+        each.trace = {"idle": {"pevlm": "one block: equals full attention"}}
+    fill(store, records, method="turbo+pevlm")
+    said = "turbo+pevlm: pevlm had nothing to do on any sample (one block: equals full attention); the row is of what is left"
+    assert (said in rows(store.root).notes) == (often == 3)
+    from vlmbench import layouts
+
+    fill(store, answered([1.0] * 3))
+    (laid,) = layouts.tables(store.root, "efficiency")
+    assert (said in laid.notes) == (often == 3)
+
+
+def test_videos_of_several_lengths_have_no_one_budget_and_the_table_says_so(store: ResultStore) -> None:
+    def records(share: float) -> list[SampleRecord]:
+        found = answered([1.0] * 4)
+        for number, each in enumerate(found):
+            each.frames, each.tokens = [Frame(0, 0.0)] * (4 + number % 2), {"prompt": 110, "visual": 100}
+            each.work = {"flops": int(1000 * share), "attention_flops": 500, "visual_tokens": 100 * share}
+        return found
+
+    fill(store, records(1))
+    fill(store, records(0.5), method="turbo")
+    (said,) = [note for note in rows(store.root).notes if "no one budget" in note]
+    assert "its videos have several lengths" in said
+    assert "at the budget of turbo; " in said
+    fill(store, records(0.5), method="uniform")
+    assert not [note for note in rows(store.root).notes if "no one budget" in note]
+
+
 @pytest.mark.parametrize(
     ("stages", "bound"), [({"prefill"}, 7 / 3), ({"prompt"}, 7 / 2), ({"decode", "vision"}, 7 / 5), (set(), None)]
 )

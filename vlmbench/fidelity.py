@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from vlmbench.record import SampleRecord
+from vlmbench.skim import StoredToken, read_arrays
 
 COLUMNS = ("agreement", "first_token_match", "first_token_kl", "greedy_prefix")
 RESOLUTION = 1e-7
@@ -36,7 +37,7 @@ def fidelity(pairs: Sequence[Pair]) -> dict[str, float]:
     prefixes = [common_prefix(own.output_ids, full.output_ids) for own, full in generated]
     found = {"agreement": fmean(said(own) == said(full) for own, full in pairs)}
     if tokens:
-        found["first_token_match"] = fmean(own["ids"][:1] == full["ids"][:1] for own, full in tokens)
+        found["first_token_match"] = fmean(_likeliest(own) == _likeliest(full) for own, full in tokens)
         found["first_token_kl"] = fmean(divergences([full for _, full in tokens], [own for own, _ in tokens]))
     if prefixes:
         found["greedy_prefix"] = fmean(prefixes)
@@ -76,28 +77,42 @@ def kl(p: Mapping[str, Any], q: Mapping[str, Any]) -> float:
 
 def divergences(ps: Sequence[Mapping[str, Any]], qs: Sequence[Mapping[str, Any]]) -> list[float]:
     """`kl` of each pair; in arrays where all lists are of one length, since a table asks it ten thousand times."""
-    lengths = {len(each["ids"]) for each in (*ps, *qs)}
+    read_arrays([each for each in (*ps, *qs) if isinstance(each, StoredToken)])
+    own, other = ([_lists(each) for each in side] for side in (ps, qs))
+    lengths = {len(each) for lists in (*own, *other) for each in lists}
     if len(ps) < MANY or len(lengths) != 1:
         return [kl(p, q) for p, q in zip(ps, qs, strict=True)]
+    tails, other_tails = ([_tail(each) for each in side] for side in (ps, qs))
     found: list[float] = []
     for start in range(0, len(ps), MANY):
-        found += _divergences(ps[start : start + MANY], qs[start : start + MANY])
+        part = slice(start, start + MANY)
+        found += _divergences(own[part], tails[part], other[part], other_tails[part])
     return found
 
 
-def _divergences(ps: Sequence[Mapping[str, Any]], qs: Sequence[Mapping[str, Any]]) -> list[float]:
+Lists = tuple[Any, Any]
+"""ids and logprobs, lists or arrays."""
+
+
+def _divergences(
+    own: Sequence[Lists], tails: list[float], other: Sequence[Lists], other_tails: list[float]
+) -> list[float]:
     import numpy as np
 
-    ids, other_ids = (np.array([each["ids"] for each in side]) for side in (ps, qs))
-    logprobs, other = (np.array([each["logprobs"] for each in side], dtype=float) for side in (ps, qs))
-    same = ids[:, :, None] == other_ids[:, None, :]  # [pairs, k, k]
-    both, theirs = same.any(2), same.any(1)
-    masses, there = np.exp(logprobs), np.take_along_axis(other, same.argmax(2), 1)
+    ids, other_ids = (np.array([each for each, _ in side]) for side in (own, other))
+    logprobs, other_logprobs = (np.array([each for _, each in side], dtype=float) for side in (own, other))
+    at = (ids[:, :, None] == other_ids[:, None, :]).argmax(
+        2
+    )  # [pairs, k]: where the other list names it, else anywhere
+    both = np.take_along_axis(other_ids, at, 1) == ids
+    theirs = np.zeros_like(both)
+    pair, place = np.nonzero(both)
+    theirs[pair, at[pair, place]] = True
+    masses, there = np.exp(logprobs), np.take_along_axis(other_logprobs, at, 1)
     total = np.where(both, masses * (logprobs - there), 0.0).sum(1)
-    own_tail = np.array([_tail(p) for p in ps])
-    other_tail = np.array([max(_tail(q), RESOLUTION) for q in qs])
+    own_tail, other_tail = np.array(tails), np.maximum(np.array(other_tails), RESOLUTION)
     rest = np.where(both, 0.0, masses).sum(1) + own_tail
-    other_alone = np.where(theirs, 0.0, np.exp(other)).sum(1)
+    other_alone = np.where(theirs, 0.0, np.exp(other_logprobs)).sum(1)
     only_other = np.minimum(own_tail, rest * other_alone / (other_alone + other_tail))
     for mass, other_mass in ((only_other, other_alone), (rest - only_other, other_tail)):
         held = mass > 0
@@ -105,8 +120,16 @@ def _divergences(ps: Sequence[Mapping[str, Any]], qs: Sequence[Mapping[str, Any]
     return list(map(float, np.maximum(total, 0.0)))
 
 
+def _lists(stored: Mapping[str, Any]) -> Lists:
+    return (stored.arrays if isinstance(stored, StoredToken) else None) or (stored["ids"], stored["logprobs"])
+
+
 def _tail(stored: Mapping[str, Any]) -> float:
     return 0.0 if stored["tail"] is None else math.exp(stored["tail"])
+
+
+def _likeliest(stored: Mapping[str, Any]) -> list[int]:
+    return stored.likeliest if isinstance(stored, StoredToken) else stored["ids"][:1]
 
 
 def common_prefix(own: Sequence[int], other: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from vlmbench.laid_lines import Pair
 from vlmbench.laid_out import Column
 from vlmbench.loaded import Loaded
 from vlmbench.report import REFERENCES
-from vlmbench.tables import MARKS, setting_text, timed_text, versions_text, wrote
+from vlmbench.tables import MARKS, idle_text, setting_text, timed_text, versions_text, wrote
 from vlmbench.work import FORMULA
 
 
@@ -38,6 +38,7 @@ def notes(pairs: Sequence[Pair], columns: Sequence[Column]) -> list[str]:
     said.append(f"batch 1; {_pixels(runs)}")
     said += filter(None, [timed_text(views)])
     said += dict.fromkeys(versions_text(session) for _, session in sessions)
+    said += filter(None, map(idle_text, views))
     for run in runs:
         if run.header["status"] != "done":
             said.append(f"{run.view.folder.name}: not complete ({run.header['status']})")

@@ -10,12 +10,15 @@ from itertools import groupby
 from typing import Any
 
 from vlmbench import plain
+from vlmbench.errors import UsageError
 from vlmbench.laid_out import Cell, Column, Line, Table
 from vlmbench.record import SCHEMA
-from vlmbench.spec import joined
+from vlmbench.spec import Spec, joined, parse
 from vlmbench.tables import method_text
 
-PREAMBLE = r"% needs \usepackage{booktabs,multirow} and \usepackage[table]{xcolor}"
+PREAMBLE = r"% needs \usepackage{booktabs,multirow,graphicx} and \usepackage[table]{xcolor}"
+WIDE = 6
+"""Columns above which a table spans both columns of a paper, as its class knows, with less room between them."""
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -109,11 +112,19 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
+    '"': "''",  # \textquotedbl needs another font encoding than LaTeX begins with
     "×": r"$\times$",
     "·": r"$\cdot$",
     "↓": r"$\downarrow$",
+    "→": r"$\rightarrow$",
     "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "−": r"\textminus{}",
+    "²": r"\texttwosuperior{}",
+    "µ": r"$\mu$",
+    "°": r"\textdegree{}",
+    "–": "--",
+    "’": "'",
     "±": r"$\pm$",
     "—": "---",
     "…": r"\dots{}",
@@ -121,20 +132,38 @@ _LATEX = {
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it is; control characters are dropped."""
-    return "".join(_LATEX.get(char, char) for char in text if char.isprintable())
+    """Text that LaTeX prints as it is, in whatever font encoding; control characters are dropped.
+
+    A character that LaTeX refuses to print (``! LaTeX Error: Unicode character``) stands there by its number.
+    """
+    return "".join(
+        _LATEX.get(char) or (char if _known(char) else f"[U+{ord(char):04X}]") for char in text if char.isprintable()
+    )
+
+
+def _known(char: str) -> bool:
+    """ASCII, and the letters of Latin-1 but for the Icelandic ones, for which LaTeX's first encoding has no signs."""
+    return char.isascii() or ("À" <= char <= "ÿ" and char not in "ÐÞðþ×÷")
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    """A ``table`` float for each, with booktabs rules, and the notes below the rules."""
+    """A ``table`` float for each, with booktabs rules, and the notes below the rules.
+
+    What is wider than the line is shrunk to it: only LaTeX knows how wide a paper's line is. So that little is, a method is
+    printed by its name, with what tells it from others of that name, and its parameters stand in the first note.
+    """
     return PREAMBLE + "\n" + "\n".join(_latex(table) for table in tables)
 
 
 def _latex(table: Table) -> str:
     columns = table.columns
+    names = short_names([line for band in table.bands for line in band.lines])
     title = escape(table.title) + (f" ({escape(table.split)})" if table.split else "")
-    lines = [r"\begin{table}", r"\centering", r"\small", f"\\caption{{{title}.}}"]
-    lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", *_latex_head(columns), r"\midrule"]
+    wide = len(columns) > WIDE
+    kind = "table*" if wide else "table"
+    lines = [f"\\begin{{{kind}}}", r"\centering", r"\small", *([r"\setlength{\tabcolsep}{3pt}"] if wide else [])]
+    lines.append(f"\\caption{{{title}.}}")
+    lines += [f"\\sbox0{{\\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule", *_latex_head(columns), r"\midrule"]
     for number, band in enumerate(table.bands):
         if number:
             lines.append(r"\midrule")
@@ -142,12 +171,35 @@ def _latex(table: Table) -> str:
             width = len(columns) + 1
             lines.append(f"\\rowcolor{{gray!15}}\\multicolumn{{{width}}}{{c}}{{{escape(band.title)}}} \\\\")
         for line in band.lines:
-            name = escape(joined(line.method, line.params)) + escape(_marks(line))
+            name = escape(names[joined(line.method, line.params)] + _marks(line))
             lines.append(" & ".join([name, *(_latex_cell(line, column) for column in columns)]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\par\smallskip"]
-    notes = " ".join(f"{escape(note)}." for note in table.notes)
-    lines += [f"\\begin{{minipage}}{{\\linewidth}}\\footnotesize {notes}\\end{{minipage}}", r"\end{table}"]
+    fitted = r"\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\usebox0}\else\usebox0\fi"
+    lines += [r"\bottomrule", r"\end{tabular}}" + fitted, r"\par\smallskip"]
+    spelt = [spec for spec, short in names.items() if short != spec]
+    said = [f"in full: {'; '.join(spelt)}", *table.notes] if spelt else table.notes
+    notes = " ".join(f"{breakable(note)}." for note in said)
+    lines.append(f"\\begin{{minipage}}{{\\linewidth}}\\footnotesize\\raggedright {notes}\\end{{minipage}}")
+    lines.append(f"\\end{{{kind}}}")
     return "\n".join(lines) + "\n"
+
+
+def short_names(lines: Sequence[Line]) -> dict[str, str]:
+    """Spec of a line -> its method's name, with those of its parameters in which lines of one name differ."""
+    try:
+        params = {(line.method, line.params): parse(f"m:{line.params}").params for line in lines}
+    except UsageError:  # a header that nobody typed
+        return {joined(line.method, line.params): joined(line.method, line.params) for line in lines}
+    found: dict[str, str] = {}
+    for (method, text), own in params.items():
+        others = [other for (name, _), other in params.items() if name == method]
+        differ = {key: value for key, value in own.items() if any(other.get(key) != value for other in others)}
+        found[joined(method, text)] = joined(method, str(Spec("", differ)).lstrip(":"))
+    return found
+
+
+def breakable(text: str) -> str:
+    """Escaped text of a note, which may end a line behind a comma: a spec of many parameters is one word else."""
+    return escape(text).replace(",", r",\allowbreak ").replace(r",\allowbreak  ", ", ")
 
 
 def _latex_head(columns: Sequence[Column]) -> list[str]:

@@ -31,7 +31,7 @@ class Loaded:
         self.latency = {id_: each for id_, each in view.records.of("latency").items() if each.timing}
         self.memory = [each.memory for each in view.records.of("memory").values() if each.memory]
 
-    @property
+    @cached_property
     def samples(self) -> Mapping[str, SampleRecord]:
         """What `n` counts: the accuracy pass, or any other when there is none."""
         return self.accuracy or self.view.records.of("latency") or self.view.records.of("memory")
@@ -45,7 +45,7 @@ class Loaded:
         """``key=value,…`` of the method, defaults included."""
         return typed(self.spec["method_params"])
 
-    @property
+    @cached_property
     def group(self) -> str:
         """Runs with the same key differ in nothing but the method: they were asked the same questions on the same files."""
         rest = {key: value for key, value in self.spec.items() if key not in ("method", "method_params")}
@@ -65,7 +65,7 @@ class Loaded:
         decoded = median_of(len(each.frames) for each in self.samples.values() if each.frames)
         return None if decoded is None else round(decoded)
 
-    @property
+    @cached_property
     def mixed(self) -> bool:
         """Whether videos of several lengths were asked about."""
         return len({len(each.frames) for each in self.samples.values() if each.frames}) > 1
@@ -86,11 +86,11 @@ class Loaded:
             return {}
         return {id_: each.score if each.status == "ok" else 0.0 for id_, each in self.accuracy.items()}
 
-    @property
+    @cached_property
     def finished(self) -> set[str]:
         return {id_ for id_, each in self.accuracy.items() if each.status in FINISHED}
 
-    @property
+    @cached_property
     def n_inactive(self) -> int:
         """Samples on which the method, or one of those joined in it, had nothing to do."""
         return sum(not each.applied or _idle(each) for each in self.samples.values() if each.status in FINISHED)

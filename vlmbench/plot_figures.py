@@ -175,7 +175,7 @@ def stages(points: Sequence[Point]) -> Figure:
     """Where the seconds of a sample go: means over videos, which add up to the whole."""
     figure, (axes,) = _figure(8, 1.4 + 0.38 * len(points))
     names = labels(points)
-    shown = []
+    shown, drawn = [], False
     for place, each in enumerate(points):
         timings = [record.timing for record in each.run.latency.values() if record.timing]
         left = 0.0
@@ -188,6 +188,7 @@ def stages(points: Sequence[Point]) -> Figure:
         if len(whole) >= MIN_CLUSTERS:
             half = t_quantile(len(whole) - 1) * stdev(whole) / math.sqrt(len(whole))
             axes.errorbar(fmean(whole), place, xerr=half, color="black", capsize=2, linewidth=0, elinewidth=1)
+            drawn = True
         shown.append(names[each.name])
     axes.set_yticks(range(len(shown)), shown)
     axes.invert_yaxis()
@@ -197,9 +198,9 @@ def stages(points: Sequence[Point]) -> Figure:
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     _legend(axes)
-    _below(
-        figure, "bars: 95 % interval of the whole over videos, which differ in length; compare methods by their ratios"
-    )
+    interval = "lines: 95 % interval of the whole over videos, which differ in length"
+    said = interval if drawn else f"no interval: fewer than {MIN_CLUSTERS} videos"
+    _below(figure, f"{said}; compare methods by their ratios")
     return figure
 
 

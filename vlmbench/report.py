@@ -207,12 +207,12 @@ def _cost(run: Loaded) -> dict[str, Any]:
 
 def _marks(run: Loaded, group: Sequence[Loaded]) -> list[str]:
     traits = run.header["traits"] or {}
+    traces = [each.trace for each in run.view.records.values() if each.trace]
     marks = {
         "cpu": run.spec["device_type"] == "cpu",
         "below-trivial": any(_beaten_by(run, other) for other in group),
-        "masked": traits.get("masked", False)
-        or any((each.trace or {}).get("masked") for each in run.view.records.values()),
-        "dequantised": any((each.trace or {}).get("dequantised") for each in run.view.records.values()),
+        "masked": traits.get("masked", False) or any(trace.get("masked") for trace in traces),
+        "dequantised": any(trace.get("dequantised") for trace in traces),
         "mixed": run.mixed,
         "trained": traits.get("trained", False),
         "inactive>10%": not run.mostly_active,

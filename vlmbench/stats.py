@@ -87,9 +87,10 @@ def ratio_interval(ratios: Sequence[float], clusters: Sequence[Hashable], seed: 
     values, index = values[order], index[order]
     rng = np.random.default_rng(seed)
     medians = []
-    for _ in range(0, RESAMPLES, 100):  # in blocks, so that [resamples, n] never gets large
-        draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=100)
-        below = np.cumsum(draws[:, index], axis=1)  # [100, n]: how many resampled values lie at or below each
+    block = max(100, 100_000 // len(values))  # [resamples, n] never gets large
+    for start in range(0, RESAMPLES, block):
+        draws = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=min(block, RESAMPLES - start))
+        below = np.cumsum(draws[:, index], axis=1)  # [block, n]: how many resampled values lie at or below each
         size = below[:, -1:]
         lower = np.argmax(2 * below >= size, axis=1)
         upper = np.argmax(2 * below > size, axis=1)

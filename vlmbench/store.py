@@ -70,7 +70,11 @@ class Records(Mapping[tuple[str, Pass], SampleRecord]):
 
     def of(self, pass_: Pass) -> dict[str, SampleRecord]:
         """id -> record of one pass."""
-        return {id_: self[id_, each] for id_, each in self._found if each == pass_}
+        return {
+            key[0]: self[key] if isinstance(found, bytes) else found
+            for key, found in self._found.items()
+            if key[1] == pass_
+        }
 
     def add(self, record: SampleRecord) -> None:
         self._found[record.id, record.pass_] = record

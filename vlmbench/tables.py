@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from vlmbench import plain
-from vlmbench.record import SCHEMA
+from vlmbench.record import FINISHED, SCHEMA
 from vlmbench.spec import joined
 from vlmbench.work import FORMULA
 
@@ -206,12 +206,25 @@ def notes(runs: Sequence[RunView | Run], rows: Sequence[Row]) -> list[str]:
     said += dict.fromkeys(setting_text(header, session) for header, session in sessions)
     said += filter(None, [timed_text(runs)])
     said += dict.fromkeys(versions_text(session) for _, session in sessions)
+    said += filter(None, map(idle_text, runs))
     for run in runs:
         if run.header["status"] != "done":
             said.append(f"{run.folder.name}: not complete ({run.header['status']})")
         if run.records.damaged:
             said.append(f"{run.folder.name}: {len(run.records.damaged)} damaged lines are left out")
     return said
+
+
+def idle_text(run: RunView | Run) -> str:
+    """Of methods joined with ``+``: which of them never acted, since the row is then the others' alone."""
+    method = str(run.header["spec"]["method"])
+    if "+" not in method:
+        return ""
+    done = [record for record in run.records.values() if record.status in FINISHED]
+    idle = [(record.trace or {}).get("idle") or {} for record in done]
+    never = [name for name in method.split("+") if idle and all(name in each for each in idle)]
+    whys = "; ".join(f"{name} had nothing to do on any sample ({idle[0][name]})" for name in never)
+    return f"{method}: {whys}; the row is of what is left" if never else ""
 
 
 def fidelity_text(rows: Sequence[Row]) -> str:
@@ -249,7 +262,9 @@ def _range(values: Iterable[int]) -> str:
 
 def wrote(run: RunView | Run) -> list[Mapping[str, Any]]:
     """The sessions that a record is from; one that only looked at a finished run measured nothing."""
-    sessions = run.header["sessions"]
+    sessions: list[Mapping[str, Any]] = run.header["sessions"]
+    if len(sessions) == 1:
+        return sessions
     owners = {record.session for record in run.records.values()}
     return [session for session in sessions if session["id"] in owners] or sessions[-1:]
 
