@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Called
 from tests.test_report import answered, fill
-from vlmbench.budget import Spent, matched, rivals, spent
+from vlmbench.budget import TRIVIAL, Spent, matched, rivals, spent
 from vlmbench.engine import TorchBackend
 from vlmbench.report import rows
 from vlmbench.session import make_methods
@@ -107,7 +108,8 @@ def test_a_table_says_what_to_type_until_the_rivals_are_there(store: ResultStore
     wanted = ["uniform:tokens=50", "random:tokens=50", "downsample:ratio=0.5"]
     while wanted:
         (said,) = [note for note in rows(store.root).notes if "at the budget of turbo" in note]
-        assert "the same command with " + " ".join(f"--method {spec}" for spec in wanted) + " adds them" in said
+        assert "the same command with --trivial adds them" in said
+        assert said.endswith(" ".join(f"--method {spec}" for spec in wanted))
         method = wanted.pop(0).partition(":")[0]
         fill(store, answered(HALF, **counted(50, 50, 445)), frames=32, method=method)
     assert not [note for note in rows(store.root).notes if "at the budget of" in note]
@@ -119,3 +121,28 @@ def test_the_row_holds_every_equivalent(store: ResultStore) -> None:
     (row,) = rows(store.root)
     found = {name: row[name] for name in ("n_visual_tokens", "n_kept_tokens", "flops", "kv_bytes", "vision_flops")}
     assert found == {"n_visual_tokens": 100, "n_kept_tokens": 60, "flops": 700, "kv_bytes": 8, "vision_flops": 5}
+
+
+def test_trivial_asks_the_rivals_at_the_budget_that_a_method_turned_out_to_have(
+    cli: Callable[..., Called], tmp_path: Path
+) -> None:
+    run = ("run", "--model", "tiny-qwen2.5-vl", "--suite", "synthvideo:length=8", "--limit", 2, "--max-new-tokens", 1)
+    found = cli(*run, "--method", "turbo:mode=drop", "--trivial", "--mode", "accuracy", "--out", tmp_path)
+    assert found.code == 0
+    table = rows(tmp_path)
+    assert {row["method"] for row in table} == {"full", "turbo", "uniform", "random", "downsample"}
+    (turbo,) = [row for row in table if row["method"] == "turbo"]
+    for rival in table:
+        if rival["method"] in TRIVIAL:
+            assert 0.9 * turbo["n_kept_tokens"] <= rival["n_kept_tokens"] <= turbo["n_kept_tokens"]
+    assert "--trivial adds them" not in found.out
+    again = cli(*run, "--method", "turbo:mode=drop", "--trivial", "--mode", "accuracy", "--out", tmp_path)
+    assert again.code == 0
+    assert [row["method"] for row in rows(tmp_path)] == [row["method"] for row in table]
+    for more, said in (
+        (("--no-baseline",), "leave --no-baseline out"),
+        (("--mode", "latency"), "give --mode accuracy"),
+    ):
+        refused = cli(*run, "--trivial", *more, "--out", tmp_path)
+        assert refused.code == 2
+        assert said in refused.err

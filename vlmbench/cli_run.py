@@ -53,6 +53,9 @@ def run(
     offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop stored records of this run first.")] = False,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Leave full attention out.")] = False,
+    trivial: Annotated[
+        bool, typer.Option("--trivial", help="Also ask random, uniform and downsample at each method's own budget.")
+    ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when a sample failed.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
 ) -> int:
@@ -91,6 +94,7 @@ def run(
         offline=offline,
         fresh=fresh,
         baseline=not no_baseline,
+        trivial=trivial,
         strict=strict,
         debug=debug,
     )

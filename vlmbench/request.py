@@ -48,6 +48,8 @@ class RunRequest:
     offline: bool = False
     fresh: bool = False
     baseline: bool = True
+    trivial: bool = False
+    """Also ask the trivial methods at every method's own budget, which is known once it has run: see `rivals.py`."""
     strict: bool = False
     debug: bool = False
 
@@ -82,6 +84,13 @@ class RunRequest:
                 raise UsageError("--questions-per-video and --latency-limit are two measurements; give one of them.")
             if self.mode in ("accuracy", "memory"):
                 raise UsageError(f"--questions-per-video measures time alone; leave --mode {self.mode} out.")
+        if self.trivial:
+            if not self.baseline:
+                raise UsageError("--trivial takes budgets as shares of full attention's; leave --no-baseline out.")
+            if self.latency_limit or self.questions_per_video or "accuracy" not in self.passes:
+                raise UsageError(
+                    "--trivial compares accuracy at equal budget; give --mode accuracy or all alone with it."
+                )
         _one_of("mode", self.mode, MODES)
         _one_of("attention", self.attention, ATTENTION)
         if self.dtype is not None:

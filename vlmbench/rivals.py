@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vlmbench.budget import TRIVIAL, Spent, matched, rivals
 from vlmbench.loaded import BASELINE, Loaded
@@ -13,31 +14,72 @@ NEAR = 0.9
 """Share of a budget that a trivial method must use to be at that budget."""
 
 
+class Gap(NamedTuple):
+    """A model and suite where methods lack `TRIVIAL` rivals that spend as much as they do."""
+
+    full: Loaded
+    methods: tuple[str, ...]
+    rivals: tuple[str, ...]
+    """As typed behind ``--method``."""
+
+
 def missing(runs: Sequence[Loaded]) -> list[str]:
-    """A line for each model and suite where a method has no `TRIVIAL` rival that spends as much as it does."""
+    """A line for each gap, with what to type; and for each suite of several lengths, where there is nothing to type."""
+    lines = [
+        f"{gap.full.spec['model']} on {gap.full.suite}: not every trivial method was asked at the budget of "
+        f"{', '.join(gap.methods)}; the same command with --trivial adds them, or with "
+        f"{' '.join(f'--method {spec}' for spec in gap.rivals)}"
+        for gap in _gaps(runs)
+    ]
+    return lines + [line for group in _groups(runs) if (line := _no_budget(group))]
+
+
+def wanted(runs: Sequence[Loaded]) -> tuple[str, ...]:
+    """The rivals that `runs` lack, each once."""
+    return tuple(dict.fromkeys(spec for gap in _gaps(runs) for spec in gap.rivals))
+
+
+def _gaps(runs: Sequence[Loaded]) -> list[Gap]:
+    return [gap for group in _groups(runs) if (gap := _gap(group)) is not None]
+
+
+def _groups(runs: Sequence[Loaded]) -> list[list[Loaded]]:
     groups: dict[str, list[Loaded]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
-    return [line for group in groups.values() if (line := _line(group))]
+    return [*groups.values()]
 
 
-def _line(group: Sequence[Loaded]) -> str:
+def _no_budget(group: Sequence[Loaded]) -> str:
+    """Of videos of several lengths: one number of tokens is no budget, and what one share costs differs with the length."""
+    full = next((run for run in group if run.method == BASELINE and run.mixed and run.spent), None)
+    dense = full.spent if full else None
+    if full is None or dense is None:
+        return ""
+    less = [
+        run
+        for run in group
+        if run.method not in (*TRIVIAL, *REFERENCES) and run.spent and run.spent.flops < dense.flops
+    ]
+    trivial = [run.spent for run in group if run.method in TRIVIAL and run.spent]
+    alone = dict.fromkeys(
+        run.method for run in less if run.spent and not any(each.within(run.spent) for each in trivial)
+    )
+    if not alone:
+        return ""
+    return (
+        f"{full.spec['model']} on {full.suite}: its videos have several lengths, and so no one budget of tokens: no trivial "
+        f"method was asked at the budget of {', '.join(alone)}; on a suite of one length the table says which to ask"
+    )
+
+
+def _gap(group: Sequence[Loaded]) -> Gap | None:
     full = next((run for run in group if run.method == BASELINE and run.spent), None)
     if full is None or full.spent is None or full.mixed:
-        return ""  # one number of tokens is no budget for videos of several lengths
-    wanted: dict[str, None] = {}
-    alone: dict[str, None] = {}
-    for run in group:
-        specs = _missing(run, full.spent, full.frames, group)
-        wanted |= dict.fromkeys(specs)
-        alone |= dict.fromkeys([run.method] if specs else [])
-    if not wanted:
-        return ""
-    options = " ".join(f"--method {spec}" for spec in wanted)
-    return (
-        f"{full.spec['model']} on {full.suite}: not every trivial method was asked at the budget of {', '.join(alone)}; "
-        f"the same command with {options} adds them"
-    )
+        return None  # one number of tokens is no budget for videos of several lengths
+    lacking = {run.method: specs for run in group if (specs := _missing(run, full.spent, full.frames, group))}
+    found = dict.fromkeys(spec for specs in lacking.values() for spec in specs)
+    return Gap(full, tuple(lacking), tuple(found)) if found else None
 
 
 def _missing(run: Loaded, full: Spent, frames: int | None, group: Sequence[Loaded]) -> list[str]:

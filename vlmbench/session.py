@@ -75,9 +75,7 @@ class Session:
             chosen = [*make_methods(("full",)), *chosen]
         self.backend = backend or load_backend(request, request.model or self.suite.default_model)
         for method in chosen:
-            self.backend.check(method)
-            method.check_weights(self.backend.identity)
-            method.fit(self.suite)
+            self._check(method)
         self.frames = request.frames or self.suite.default_frames
         self.fps = request.fps or self.suite.default_fps
         self.decoder_name = default_decoder()
@@ -90,24 +88,16 @@ class Session:
         self._ahead: Ahead[Sample, tuple[tuple[Clip, ...], float]] | None = None
 
     def __enter__(self) -> Session:
-        store = ResultStore(self.request.out)
         try:
             # Generated videos are small, and rendering them would take the model's own cores.
             cache = FrameCache(cache_root() / "frames") if self.suite.needs_data else None
             self.decoder = self._open.enter_context(Decoder(self.decoder_name, DECODE_TIMEOUT_S, cache))
             self._open.callback(self._stop_ahead)
-            self.entries = []
+            self.entries: list[Entry] = []
             for said in filter(None, (method.unlike(self.frames, self.sampler) for method in self.methods)):
                 self.progress.note(said)
             for method in self.methods if self._stored else ():
-                answer = self._answer_spec(method)
-                header = self._header(answer, method)
-                for changed in filter(None, (_other_code(store, answer, header), _other_data(store, answer, header))):
-                    self.progress.note(changed)
-                opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
-                if opened.repaired:
-                    self.progress.note(opened.repaired)
-                self.entries.append(Entry(method, opened))
+                self._enter(method)
         except BaseException as error:
             self._open.__exit__(type(error), error, error.__traceback__)  # runs opened so far have not ended well
             raise
@@ -115,6 +105,31 @@ class Session:
 
     def __exit__(self, *exception: object) -> None:
         self._open.__exit__(*exception)  # type: ignore[arg-type]
+
+    def add(self, specs: Sequence[str]) -> list[Entry]:
+        """Open runs of more methods, which later passes take too. Raises `UsageError` as the session itself does."""
+        there = {repr(method) for method in self.methods}
+        methods = [method for method in make_methods(specs) if repr(method) not in there]
+        for method in methods:
+            self._check(method)
+            self.methods.append(method)
+        return [self._enter(method) for method in methods]
+
+    def _check(self, method: Method) -> None:
+        self.backend.check(method)
+        method.check_weights(self.backend.identity)
+        method.fit(self.suite)
+
+    def _enter(self, method: Method) -> Entry:
+        store, answer = ResultStore(self.request.out), self._answer_spec(method)
+        header = self._header(answer, method)
+        for changed in filter(None, (_other_code(store, answer, header), _other_data(store, answer, header))):
+            self.progress.note(changed)
+        opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
+        if opened.repaired:
+            self.progress.note(opened.repaired)
+        self.entries.append(Entry(method, opened))
+        return self.entries[-1]
 
     def describe(self) -> str:
         """What is about to run, as resolved, in a line."""
