@@ -7,18 +7,19 @@ the weights are written out as floats at every call, and the row carries the mar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmbench.errors import UsageError
-from vlmbench.method import Citation, Method, Traits
+from vlmbench.method import Citation, Method, Traits, Work, one_token
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
 
-    from vlmbench.models.base import ModelAdapter
+    from vlmbench.layout import Prompt
+    from vlmbench.models.base import ModelAdapter, Shapes
     from vlmbench.patch import Patcher
     from vlmbench.trace import Trace
 
@@ -65,6 +66,12 @@ class Int8(Method):
                 trace.facts["dequantised"] = not all(has_kernel(x.device, x.dtype, width) for width in widths)
 
         patch.pre(patch.adapter.text, begin)
+
+    def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
+        return replace(super().work(prompt, shapes, trace), int8=True)
+
+    def decode_work(self, prompt: Prompt, shapes: Shapes, trace: Trace, step: int, size: int) -> Work:
+        return replace(one_token(prompt.length + step + 1, shapes), int8=True)
 
 
 def _matrices(adapter: ModelAdapter) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

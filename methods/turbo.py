@@ -132,7 +132,13 @@ class Turbo(Method):
                 f"turbo:schedule={_listed(self.schedule)} has {len(self.schedule)} numbers, and the vision tower has "
                 f"{len(tower.blocks)} blocks; give one for each block at most."
             )
-        asked = sum(self._numbers(len(tower.blocks)))
+        rule = self._rule(len(tower.blocks), class_token=bool(tower.protected))
+        if (block := rule.overflows()) is not None:
+            raise UsageError(
+                f"turbo:alpha={self.alpha},c={self.c},beta={self.beta},gamma={self.gamma} weigh attention by more than a score "
+                f"can hold in block {block} of {len(tower.blocks)}; give smaller ones: gamma is a block, and beta at most 1."
+            )
+        asked = sum(rule.schedule)
         if self.where == "last" and tower.tokens is not None and asked >= tower.tokens - tower.protected:
             most = tower.tokens - tower.protected - 1
             remedy = (

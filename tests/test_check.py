@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.conftest import load_mini
-from vlmbench.check_contract import PROMISES, Check, Subject, check, to_markdown
+from vlmbench.check_contract import Check, check, to_markdown
 from vlmbench.check_invariance import Variant, variants
+from vlmbench.check_promises import PROMISES, Subject
 from vlmbench.method import Citation, Method, Traits, Work
 from vlmbench.methods.full import Full
 from vlmbench.record import Pass, SampleRecord
@@ -27,7 +28,7 @@ ACCURACY: Pass = "accuracy"
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tokens show all that eight do: one of prefill, one of decoding."""
-    monkeypatch.setattr("vlmbench.check_contract.STEPS", 2)
+    monkeypatch.setattr("vlmbench.check_promises.STEPS", 2)
 
 
 @dataclass(frozen=True)

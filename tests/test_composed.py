@@ -386,9 +386,10 @@ def test_runs_tables_and_gates_know_it(cli: Any, tmp_path: Any) -> None:
 
 def test_the_users_own_check_takes_it(adapter: Any, monkeypatch: Any) -> None:
     """`vlmbench check contract`: every promise holds or does not apply."""
-    from vlmbench.check_contract import Subject, check
+    from vlmbench.check_contract import check
+    from vlmbench.check_promises import Subject
 
-    monkeypatch.setattr("vlmbench.check_contract.STEPS", 2)
+    monkeypatch.setattr("vlmbench.check_promises.STEPS", 2)
     for spec in ("turbo:r=4,min_tokens=0,mode=drop+pevlm:sink=0,block=1", "int8+corematching"):
         found = {each.name: each for each in check(Subject(adapter, one(spec), one("full"), 6))}
         del found["the model's own generate"]  # which is the family's, and no method's

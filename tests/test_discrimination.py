@@ -10,7 +10,7 @@ import pytest
 
 from vlmbench.reference import SHIPPED
 from vlmbench.reference.build import LLAVA
-from vlmbench.reference.discrimination import LOSSES, Loss, measure, rows, to_markdown
+from vlmbench.reference.discrimination import LOSSES, Loss, measure, measured_on, rows, to_markdown, verdict
 
 
 @pytest.mark.parametrize("model", sorted(SHIPPED))
@@ -23,7 +23,21 @@ def test_methods_that_throw_information_away_lose(model: str, tmp_path: Path) ->
     for row in table:
         assert row["holds"] == (row["loss"] >= row["least"] and row["loss_low"] > 0)
         assert row["holds"], row
-    assert to_markdown(table).count("| holds |") == len(short)
+    assert to_markdown({"rows": table}).count("| MISSING |") == 0
+    (said,) = measured_on(tmp_path, [model])
+    assert "threads; vlmbench" in said
+    assert said in to_markdown({"rows": table, "measured_on": [said]})
+
+
+@pytest.mark.parametrize(
+    ("least", "low", "high", "said"),
+    [
+        (0.2, 0.2, 0.4, "held"), (0.2, 0.1, 0.4, "open"), (0.2, 0.05, 0.1, "MISSING"), (0.2, -0.1, 0.4, "MISSING"),
+        (0.0, 0.01, 0.2, "held"), (0.0, -0.1, 0.2, "open"), (0.0, -0.2, 0.0, "MISSING"),
+    ],
+)  # fmt: skip
+def test_a_loss_is_held_only_when_its_whole_interval_is(least: float, low: float, high: float, said: str) -> None:
+    assert verdict({"least": least, "loss_low": low, "loss_high": high}) == said
 
 
 def test_a_loss_that_is_not_there_is_seen(tmp_path: Path) -> None:
@@ -37,8 +51,9 @@ def test_a_loss_that_is_not_there_is_seen(tmp_path: Path) -> None:
 
 def test_the_committed_table_shows_every_loss_at_every_length() -> None:
     folder = Path(__file__).parents[1] / "results" / "cpu"
-    table = json.loads((folder / "discrimination.json").read_text())["rows"]
-    assert (folder / "discrimination.md").read_text() == to_markdown(table)
+    data = json.loads((folder / "discrimination.json").read_text())
+    table = data["rows"]
+    assert (folder / "discrimination.md").read_text() == to_markdown(data)
     told = {(row["model"], row["method"], row["length"]) for row in table}
     for model in SHIPPED:
         for loss in LOSSES:

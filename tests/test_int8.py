@@ -131,6 +131,51 @@ def test_one_width_without_a_kernel_is_enough_to_say_so(adapter: Any, clip: Any,
     assert marked(joined, lambda device, dtype, inputs: inputs % 32 == 0)
 
 
+@torch.inference_mode()
+def test_the_bytes_that_are_counted_are_those_that_are_held(adapter: Any, clip: Any) -> None:
+    """Of int8 alone and beside others, in prefill and in decoding; they were float32's, or none."""
+    from vlmbench import cost
+    from vlmbench.session import make_methods
+
+    shapes, steps = adapter.shapes, 2
+    head = shapes.hidden * shapes.vocab * 4
+    for spec in ("int8", "int8+corematching:beta=0.5", "pevlm:sink=0,block=1+int8"):
+        (method,) = make_methods([spec])
+        with method.attach(adapter) as trace:
+            done = generate(adapter, method, trace, [clip(6)], "where ?", max_new_tokens=steps, stop_at_eos=False)
+            names = {
+                name: module.matrix.nbytes
+                for name, module in adapter.text.named_modules()
+                if isinstance(module, Int8Linear)
+            }
+            held = sum(names.values())
+            copied = trace.facts.get("core_neurons", {}).get("copied_bytes")
+            work = method.work(done.prompt, shapes, trace)
+            step = method.decode_work(done.prompt, shapes, trace, steps - 2, 4)
+        assert cost.weight_bytes(shapes, 4, work.neurons, int8=work.int8) == held + head
+        assert step is not None
+        if copied is not None:  # decoding reads the copies in the place of the FFNs
+            held += copied - sum(nbytes for name, nbytes in names.items() if ".mlp." in name)
+        assert cost.weight_bytes(shapes, 4, step.neurons, int8=step.int8) == held + head
+        keys = sum(layer.used_bytes for layer in done.cache.layers)
+        assert cost.decode(step, shapes, 4).bytes == held + head + keys
+
+
+def test_bench_says_that_weights_were_written_out_and_counts_int8s_bytes(cli: Any) -> None:
+    import json
+
+    rows = {}
+    for method in ("int8", "pevlm:sink=0,block=1"):
+        args = ("--method", method, "--shape", "mini-llava-ov", "--frames", 6, "--rounds", 2, "--format", "json")
+        done = cli("bench", "prefill", *args)
+        assert done.code == 0, done.err
+        (rows[method],) = json.loads(done.out)["rows"]
+    assert "dequantised" in rows["int8"]["marks"]
+    assert "written out as floats" in rows["int8"]["note"]
+    assert "dequantised" not in rows["pevlm:sink=0,block=1"]["marks"]
+    assert rows["int8"]["method_bytes"] < rows["int8"]["dense_bytes"] == rows["pevlm:sink=0,block=1"]["dense_bytes"]
+
+
 def test_a_model_without_plain_matrices_is_refused(adapter: Any) -> None:
     with Int8().attach(adapter), pytest.raises(UsageError, match="int8 needs plain matrices in the decoder layers"):
         Int8().check(adapter)

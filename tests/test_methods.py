@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmbench import registry
@@ -14,6 +16,10 @@ from vlmbench.cache import lengths
 from vlmbench.composed import neutral_of
 from vlmbench.engine import generate
 from vlmbench.errors import UsageError
+from vlmbench.kernels.a_shape import banded
+from vlmbench.kernels.calls.tiles import Softmaxed, softmaxed
+from vlmbench.kernels.grid import lines
+from vlmbench.kernels.vertical_slash import gathered
 from vlmbench.method import Method
 from vlmbench.mm_attention import DID
 from vlmbench.patch import fingerprint
@@ -179,8 +185,21 @@ class CountPairs(TorchDispatchMode):
                 self.pairs += int(allowed.sum()) * (heads * n * m // mask.numel())
         return func(*args, **(kwargs or {}))
 
+    def softmaxed(self, scores: Callable[[], Tensor], own: Callable[[Tensor], Tensor]) -> Softmaxed:
+        """Tiles of scores are attention without a kernel call; what is left out is -inf, a causal tile's corner free."""
+        found = scores()
+        seen = int((found > float("-inf")).sum())
+        self.pairs += seen
+        self.computed += seen if isinstance(scores, partial) and scores.args[0].causal else found.numel()
+        return softmaxed(scores, own)
 
-def test_work_equals_what_hooks_counted(adapter: Any, clip: Any, method: Method) -> None:
+
+def test_work_equals_what_hooks_counted(
+    adapter: Any, clip: Any, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = CountPairs()
+    for module in (banded, lines, gathered):
+        monkeypatch.setattr(module, "softmaxed", counted.softmaxed)
     tokens: list[int] = []
     neurons: list[int] = []
 
@@ -197,7 +216,7 @@ def test_work_equals_what_hooks_counted(adapter: Any, clip: Any, method: Method)
         handles = [layer.register_forward_pre_hook(layer_sees, with_kwargs=True) for layer in adapter.layers]
         handles += [layer.mlp.down_proj.register_forward_pre_hook(ffn_sees) for layer in adapter.layers]
         try:
-            with CountPairs() as counted:
+            with counted:
                 adapter.prefill(prompt, adapter.new_cache(0))
         finally:
             for handle in handles:

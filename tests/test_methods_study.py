@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vlmbench import methods_study, methods_text
+from vlmbench import methods_plots, methods_study, methods_text
 from vlmbench.errors import UsageError
 from vlmbench.publish import machine_texts
 from vlmbench.store import ResultStore
@@ -109,8 +109,29 @@ def row(share: float, delta: float, low: float, high: float, **more: Any) -> dic
         ([row(0.5, 0.0, -0.2, 0.2)], "- **Open**", "turbo:r=0.5"),
         # Nearest to half, not the best of those below it; the best is named beside it.
         ([row(0.4, -0.3, -0.4, -0.2), row(0.2, 0.0, -0.01, 0.01)], "- **Did not hold**", "20% with `turbo:r=0.2`"),
-        ([row(0.8, -0.3, -0.4, -0.2)], "- **Not judged**", "the least is 80%"),
-        ([row(1.0, -0.3, -0.4, -0.2)], "- **Not judged**", "it keeps every token"),
+        (
+            [
+                row(0.5, -0.3, -0.4, -0.2)
+                | {"rivals": [{"method": "uniform", "gap": 0.01, "gap_low": -0.1, "gap_high": 0.1}], "best": "uniform"}
+            ],
+            "- **Did not hold**",
+            "; +0.01 [-0.10, +0.10] against `uniform`, which spends as much",
+        ),
+        # Of equal tokens the one that spends most in the tower, whatever it answered.
+        (
+            [row(0.5, 0.0, -0.01, 0.01, vision_share=0.5), row(0.5, -0.3, -0.4, -0.2, vision_share=0.9, method="b")],
+            "- **Did not hold**",
+            "-0.30 [-0.40, -0.20] with `b`",
+        ),
+        # What fails on more than half of the tokens did not hold at half of them; what does not says nothing about half.
+        (
+            [row(0.8, -0.3, -0.4, -0.2)],
+            "- **Did not hold**",
+            "the least is 80% with `turbo:r=0.8`, -0.30 [-0.40, -0.20] (a loss",
+        ),
+        ([row(0.8, 0.0, -0.01, 0.01)], "- **Not judged**", "(there: held)"),
+        ([row(1.0, -0.3, -0.4, -0.2)], "- **Did not hold**", "it keeps every token"),
+        ([row(1.0, 0.0, -0.01, 0.01, n_inactive=44)], "- **Not judged**", "it keeps every token"),
         ([row(0.5, 0.0, 0.0, 0.0, n_inactive=44)], "- **Not judged**", ""),
         ([row(0.5, 0.0, 0.0, 0.0) | {"kept_share": None}], "- **Not measured**", ""),
     ],
@@ -134,7 +155,79 @@ def test_the_text_says_how_many_questions_a_verdict_needs() -> None:
         same = row(0.5, found.value, found.low, found.high, n=n)
         assert methods_text.verdict("turbo", [same]).startswith(f"- **{verdict}**")
     said = methods_text.to_markdown({"rows": [], "models": [], "measured_on": []})
-    assert f"fewer than {least} questions" in said
+    assert f"Fewer than {least} questions cannot show *held*" in said
+
+
+def test_an_interval_below_zero_is_shown_below_zero() -> None:
+    """A mark beside ``[-0.22, +0.00]`` would contradict the row that it stands in."""
+    from vlmbench.claims_verdict import signed
+
+    for value, said in (
+        (-0.00043, "-0.0004"),
+        (0.0049, "+0.005"),
+        (0.0, "+0.00"),
+        (-0.0, "+0.00"),
+        (-0.005, "-0.01"),
+        (0.123, "+0.12"),
+    ):
+        assert signed({"x": -0.3, "x_low": -0.4, "x_high": value}, "x") == f"-0.30 [-0.40, {said}]"
+
+
+def test_all_places_together_count_who_is_worse_than_a_trivial_method_and_who_better() -> None:
+    def against(low: float, *, below: bool, band: str = "turbo", **more: Any) -> dict[str, Any]:
+        rivals = [{"method": "uniform", "accuracy": 0.5, "gap": 0.1, "gap_low": low, "gap_high": 0.2}]
+        at = {
+            "model": MODEL,
+            "suite": SUITE,
+            "band": band,
+            "marks": [],
+            "agreement": 1.0,
+            "vision_share": None,
+            "kv_share": 1.0,
+        }
+        own = {
+            "accuracy": 0.5,
+            "accuracy_low": 0.4,
+            "accuracy_high": 0.6,
+            "kept": 1,
+            "rivals": rivals,
+            "best": "uniform",
+        }
+        return {**at, **own, **row(0.5, -0.3, -0.4, -0.2), "below_trivial": below, **more}
+
+    rows = [
+        *(against(-0.1, below=below) for below in (True, False, False)),
+        against(0.05, below=False, delta=0.0),
+        against(0.05, below=False, n_inactive=44),  # it was full attention
+        against(0.05, below=False, band="pevlm", rivals=[]),
+    ]
+    data = {"rows": rows, "models": [{"model": MODEL, "weights_hash": "a"}], "measured_on": []}
+    text = methods_text.to_markdown(data)
+    assert "| Turbo | 4 | 1 | 2 | 1 | 1 |" in text
+    assert "| PEVLM |" not in text
+
+
+def test_a_picture_is_drawn_for_every_model_and_linked(measured: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out = measured[0] / "out"
+    drawn = out / "methods" / f"{MODEL}.png"
+    assert 5_000 < drawn.stat().st_size < 200_000
+    assert f"](methods/{MODEL}.png)" in (out / "methods.md").read_text()
+    assert methods_plots.draw({"rows": [], "models": measured[1]["models"]}, tmp_path) == []
+    (tmp_path / "methods.json").write_bytes((out / "methods.json").read_bytes())
+    methods_study.main(out=tmp_path, redraw=True)
+    assert (tmp_path / "methods" / f"{MODEL}.png").read_bytes() == drawn.read_bytes()
+    assert (tmp_path / "methods.md").read_text() == (out / "methods.md").read_text()
+
+
+def test_trivial_methods_stand_where_they_spend_as_much(measured: tuple[Path, dict[str, Any]]) -> None:
+    rows = by_method(measured[1])
+    points = methods_plots.trivial_points(list(rows.values()))
+    for method in ("turbo:mode=drop", "pevlm:sink=1,block=2"):
+        own = rows[method]
+        best = max(own["rivals"], key=lambda each: each["accuracy"])
+        assert (own["flops_share"], 100 * best["accuracy"]) in points
+    assert rows["corematching:part=neurons"]["flops_share"] not in {x for x, _ in points}  # whose rivals are cheaper
+    assert len(points) == len(set(points)) <= 4
 
 
 def test_rows_of_other_weights_go() -> None:

@@ -239,6 +239,8 @@ def test_pixel_budget_is_refused_where_it_does_nothing() -> None:
         ("llava-video-7b", 8.03e9),
         ("blip-vqa-base", 0.361e9),
         ("blip-captioning-base", 0.224e9),
+        ("blip-itm-base", 0.224e9),
+        ("longvila-7b", 8.03e9),
     ],
 )
 def test_presets_have_the_published_size(preset: str, parameters: float) -> None:

@@ -18,7 +18,7 @@ from vlmbench.madeup import Shape
 from vlmbench.methods.mminference import Mminference
 from vlmbench.mm_patterns import Head, Intra, Run, Scene
 from vlmbench.mm_recall import ROWS, head_recall, planted_recall
-from vlmbench.needles_plots import draw, short
+from vlmbench.needles_plots import arranged, draw, short
 from vlmbench.needles_study import (
     BOUNDARIES,
     CAREFUL,
@@ -80,14 +80,49 @@ def made_up() -> dict[str, Any]:
 def test_every_sentence_follows_from_the_rows() -> None:
     text = to_markdown(made_up())
     assert (
-        "**Did not hold**: `mminference:pattern=vs` is within 2 points of full attention: -0.25 [-0.50, -0.10]" in text
+        "**Did not hold**: `mminference:pattern=vs`, within 2 points of full attention: -0.25 [-0.50, -0.10] (40% of the "
+        "pairs, 90% of the FLOPs)." in text
     )
     assert "-0.90" in text  # in the table, but dearer than half and so not judged
-    assert "-0.90 [-0.50, +0.10]." not in text
+    assert "full attention: -0.90" not in text
     assert "- vs under `boundary=q` against none: +0.50 [+0.25, +0.75], a gain; 0.40 of full attention's pairs." in text
     assert "| s | vs | 0.38 | 0.88 | 0.62 | 0.25 |" in text  # layers, their mean, and the worst head
     empty = to_markdown(made_up() | {"rows": []})
     assert empty.count("**m**: not measured.") == len(PARTS)
+
+
+def test_what_the_table_shows_as_half_is_judged() -> None:
+    """A grid at 0.503 stood in the table as 0.50, and its loss in no sentence."""
+    for pairs, judged in ((0.504, True), (0.506, False)):
+        text = to_markdown(made_up() | {"rows": [row(part="curve", suite="s", pairs_relative=pairs)]})
+        assert ("full attention: -0.25" in text) == judged
+
+
+def test_the_text_says_how_many_questions_a_verdict_needs_and_how_many_settings_are_alike() -> None:
+    from vlmbench.methods_text import least_questions
+
+    assert f"which fewer than {least_questions()} questions cannot show" in to_markdown(made_up())
+    whole = [
+        row(part="maps", method=method) for method in ("full", "mminference:pattern=vs", "mminference:pattern=tri")
+    ]
+    said = "2 of 2 settings answer as many of the 4 questions as full attention does"
+    assert said in to_markdown(made_up() | {"rows": whole})
+    assert "settings answer as many" not in to_markdown(
+        made_up() | {"rows": [*whole[:2], {**whole[2], "accuracy": 0.4}]}
+    )
+
+
+def test_maps_stand_in_a_column_a_pattern_and_a_line_a_boundary() -> None:
+    lines = [[each and short(each) for each in line] for line in arranged(map_methods())]
+    assert lines == [
+        ["full", "sf-fixed", "sf-strided", "minference", "fitted"],
+        ["a_shape", "tri", "grid", "vs", None],
+        ["a_shape, q", "tri, q", "grid, q", "vs, q", None],
+        ["a_shape, 2d", "tri, 2d", "grid, 2d", "vs, 2d", None],
+    ]
+    few = ["full", "mminference:pattern=vs", "mminference:pattern=vs,boundary=2d"]
+    assert arranged(few) == [["full", None, None, None, None], [few[1], *[None] * 4], [few[2], *[None] * 4]]
+    assert len(arranged([str(number) for number in range(7)])) == 2
 
 
 def test_a_picture_is_drawn_for_every_part_that_has_rows(tmp_path: Path) -> None:

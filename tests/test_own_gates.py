@@ -84,7 +84,7 @@ def test_the_committed_file_leaves_out_what_corematchings_knee_decides_and_nothi
 
 
 def test_the_slowed_method_is_the_same_method_and_leaves_nothing(clip: Any) -> None:
-    from vlmbench.check_contract import Subject
+    from vlmbench.check_promises import Subject
 
     full, method = make_methods(["full", "uniform:ratio=0.5"])
     planted = slowed(method, 1.5)
@@ -120,7 +120,15 @@ def test_the_record_counts_what_was_wrong() -> None:
     repeats = [
         Repeat(planted, verdict, 8, (1.0, None, None), 1.0) for planted in (False, True) for verdict in ("pass", "fail")
     ]
-    text = to_markdown([*repeats, Repeat(True, "inconclusive", 64, (1.0, 0.9, 1.1), 2.0)], 1.1, "said")
+    repeats.append(Repeat(True, "inconclusive", 64, (1.0, 0.9, 1.1), 2.0))
+    data = {
+        "said": "What was asked.",
+        "floor": 1.1,
+        "rows": [{**each.__dict__, "ratio": [*each.ratio]} for each in repeats],
+    }
+    text = to_markdown(data)
+    assert "What was asked. Versions and commit not recorded." in text
+    assert "commit 0123456789ab." in to_markdown({**data, "commit": "0123456789abcdef", "versions": {}})
     assert "- unchanged code: 1 of 2 failed, 0 inconclusive" in text
     assert "- a planted slow-down: 1 of 3 caught, 1 inconclusive" in text
     assert "| 5 | slowed | inconclusive | 1.000 [0.900, 1.100] | 64 | 2 |" in text

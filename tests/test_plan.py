@@ -183,6 +183,30 @@ def test_it_says_whether_it_fits(cli: Callable[..., Any]) -> None:
     assert "It fits" in cli("plan", *SMALL).out
 
 
+def test_a_method_is_named_with_its_parameters_and_what_it_did_to_the_frames_is_not_forgotten(
+    cli: Callable[..., Any],
+) -> None:
+    said = cli("plan", *SMALL, "--method", "downsample:ratio=0.5+pevlm:sink=1,block=2").out
+    assert ", downsample:ratio=0.5,axis=frames+pevlm:sink=1,block=2," in said
+    for method in ("downsample:ratio=0.5", "downsample:ratio=0.5+pevlm:sink=1,block=2"):
+        rows = json.loads(cli("plan", *SMALL, "--method", method, "--format", "json").out)["rows"]
+        assert [row["note"] for row in rows] == [None] * 3, method
+    assert (
+        "nothing to do here: the ratio keeps all frames" in cli("plan", *SMALL, "--method", "downsample:ratio=1.0").out
+    )
+
+
+def test_it_warns_of_positions_that_the_model_does_not_have(cli: Callable[..., Any]) -> None:
+    """LLaVA-1.5 has 4,096, seven pictures of 576 tokens and 64 of text. Dropping keeps places; under M-RoPE a frame is one step."""
+    llava = ("plan", "--model", "llava-1.5-7b@random:layers=1", "--device", "h200", "--text-tokens", "64")
+    most = ("--frames", "7", "--max-new-tokens", "1")
+    assert "Too long" not in cli(*llava, *most).out  # 4,032 visual and 64 of text: all there are
+    assert "needs 4,097 positions, its configuration has 4,096" in cli(*llava, *most[:-1], "2").out
+    assert "needs 8,128 positions" in cli(*llava, "--frames", "14", *most[2:], "--method", "uniform:ratio=0.1").out
+    (row, *_) = json.loads(cli("plan", *SMALL, "--max-new-tokens", "3", "--format", "json").out)["rows"]
+    assert (row["tokens"], row["positions"]) == (14 + 12 * 4 + 60, 14 + 12 + 60 + 2)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

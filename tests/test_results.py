@@ -34,6 +34,26 @@ def test_bench_tables_show_the_committed_rows() -> None:
         assert path.read_text() == text
 
 
+def test_the_folders_readme_quotes_the_committed_rows() -> None:
+    folder = ROOT / "results" / "cpu"
+    text = " ".join((folder / "README.md").read_text().split())
+    named = {"a_shape": "A-shape", "grid": "Grid", "vs": "Vertical-Slash", "mix": "their mix"}
+    for pattern, name in named.items():
+        rows = json.loads((folder / f"attention-mm-{pattern}.json").read_text())["rows"]
+        low, *_, high = sorted(row["ratio"] / row["pairs_limit"] for row in rows)
+        assert f"{low:.2f} to {high:.2f} {'of what its pairs allow ' * (pattern == 'a_shape')}with {name}" in text
+    for file, limit in (
+        ("attention-A", "pairs"),
+        ("attention-B", "pairs"),
+        ("vision-turbo", "flops"),
+        ("decode-core", "bytes"),
+    ):
+        ((row, *_),) = (json.loads((folder / f"{file}.json").read_text())["rows"],)
+        digits = 1 if limit == "pairs" else 2
+        assert f"{row['ratio']:.{digits}f}×" in text, file
+        assert f"allow {row[f'{limit}_limit']:.{digits}f}×" in text, file
+
+
 def test_markers_must_be_there_once() -> None:
     with pytest.raises(ValueError, match="not 0 times"):
         insert("no markers", "demo", "x")

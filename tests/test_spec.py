@@ -92,6 +92,7 @@ def test_parameters_take_the_types_of_their_fields() -> None:
         ("knobs:ratio=nan", "knobs:ratio must be a finite number, not 'nan'."),
         ("knobs:ratio=-inf", "knobs:ratio must be a finite number, not '-inf'."),
         ("knobs:ratio=1e999", "knobs:ratio must be a finite number, not '1e999'."),
+        ("knobs:sink=9223372036854775808", "knobs:sink must lie between -2**63 and 2**63, not '9223372036854775808'."),
         ("knobs:unit=frames", "Did you mean 'frame'?"),
         ("knobs:deep=perhaps", "on or off"),
         ("knobs:layers=1/x", "whole number"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -313,6 +316,24 @@ def test_temporal_merging_leaves_a_still_video_its_first_frame(adapter: Any, cli
         assert not trace.applied
 
 
+def test_without_a_class_token_importance_counts_in_multiples_of_its_mean_whatever_the_length(
+    adapter: Any, clip: Any
+) -> None:
+    """The published c is for 577 tokens: in a window of 16 an average token's penalty would be 36 times as large."""
+    tower = tower_of(adapter)
+    for side in (64, 84):
+        _, trace = encoded(adapter, Turbo(**SMALL, mode="drop", video="temporal"), [clip(4, side=side)])
+        (call,) = trace.scratch["turbo"].calls  # in time nothing merges inside the tower
+        about, (medium,) = trace.scratch["turbo"].rule, call.plan.media
+        by_frame = call.importance.view(medium.frames, medium.units)
+        if tower.protected:  # as published: a row of the softmax
+            assert about.weight(0) == 150
+            torch.testing.assert_close(by_frame.sum(1), torch.ones(medium.frames))
+        else:
+            assert about.weight(0) == 150 / 577
+            torch.testing.assert_close(by_frame.mean(1), torch.ones(medium.frames))
+
+
 def test_the_ablation_chooses_differently(adapter: Any, clip: Any) -> None:
     found = [encoded(adapter, Turbo(**SMALL, score=score), [clip(6)])[0].embeds for score in ("redundancy", "value")]
     assert not torch.equal(*found)
@@ -331,6 +352,18 @@ def test_more_than_half_is_clipped_and_said_once(adapter: Any, clip: Any) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "clipped" not in encoded(adapter, Turbo(**SMALL), [clip(6)])[1].facts
+
+
+def test_the_command_line_says_it_in_a_sentence_without_a_line_of_code(tmp_path: Path) -> None:
+    asked = ["--suite", "synthvideo:length=32", "--frames", "4", "--limit", "1", "--no-baseline", "--mode", "accuracy"]
+    method = ["--model", "mini-llava-ov@random", "--method", "turbo:r=40,min_tokens=0", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "vlmbench", "run", *method, *asked]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "\nWarning: turbo:r=40 is above what one matching can merge (half of the tokens) in blocks 0, 1;" in done.stderr
+    )
+    assert ".py" not in done.stderr
 
 
 def test_a_pass_that_fails_leaves_nothing_for_the_next(adapter: Any, clip: Any) -> None:
@@ -567,6 +600,30 @@ def test_a_schedule_longer_than_the_tower_and_a_tower_read_twice_are_refused(ada
         )
         with pytest.raises(UsageError, match=r"reads vision_feature_layer=\[-1, -2\]"):
             Turbo().check(twice)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"beta": 2.0, "gamma": 1e9}, {"beta": 2.0, "gamma": -2000.0}, {"alpha": 1e200, "c": 1e200}, {"alpha": 1e35}],
+    ids=str,
+)
+def test_a_weight_that_no_score_can_hold_is_refused(adapter: Any, options: dict[str, Any]) -> None:
+    """The power overflows, or the product does, or float32 would: infinity times no attention is no number."""
+    with pytest.raises(
+        UsageError, match=r"^turbo:alpha=.* weigh attention by more than a score can hold in block 0 of "
+    ):
+        Turbo(**options, score="value").check(adapter)
+
+
+def test_a_decay_however_steep_and_the_largest_weight_are_taken(adapter: Any, clip: Any) -> None:
+    tome, _ = encoded(adapter, Turbo(**SMALL, alpha=0.0), [clip(6)])
+    vanished, _ = encoded(adapter, Turbo(**SMALL, beta=0.5, gamma=1e9), [clip(6)])
+    torch.testing.assert_close(vanished.embeds, tome.embeds, rtol=0, atol=1e-5)  # importance is still read off
+    alone, _ = encoded(adapter, Turbo(**SMALL, score="value", normalise=False), [clip(6)])
+    heavy, _ = encoded(
+        adapter, Turbo(**SMALL, alpha=2.0**90, c=1.0, normalise=False), [clip(6)]
+    )  # times it nothing rounds
+    assert torch.equal(heavy.embeds, alone.embeds)
 
 
 def test_a_family_without_the_signal_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -95,8 +96,23 @@ def to_markdown(data: Mapping[str, Any]) -> str:
             parts += [f"**{model}**", *part.tell(rows)] if rows else [f"**{model}**: not measured."]
         if name == "grid":
             parts += accuracy.optima([row for row in data["rows"] if row["part"] == name])
-    parts += ["## Measured on", _machines(data["measured_on"])]
+    parts += ["## Measured on", *_threads(data["measured_on"]), _machines(data["measured_on"])]
     return "\n\n".join(parts) + "\n"
+
+
+def _threads(origins: Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence where answers of several numbers of threads stand in one section, which no row tells."""
+    counts: dict[tuple[str, str], set[str]] = {}
+    for each in origins:
+        if found := re.search(r"(\d+) threads", each["on"]):
+            counts.setdefault((each["part"], each["model"]), set()).add(found[1])
+    mixed = [f"{part} of {model}" for (part, model), threads in counts.items() if len(threads) > 1]
+    if not mixed:
+        return []
+    return [
+        f"In these sections runs of several numbers of threads stand together, and which row is of which was not recorded: "
+        f"{', '.join(mixed)}. A ratio is of rounds of one process, and so of one number; seconds of two rows need not be."
+    ]
 
 
 def _machines(origins: Sequence[Mapping[str, str]]) -> str:

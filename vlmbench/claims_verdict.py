@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -64,14 +64,19 @@ def direction(row: Row, name: str) -> str:
 
 def shown(row: Row, name: str, form: str = ".2f", unit: str = "") -> str:
     """``value [low, high]``; the value alone without an interval, and — without a value."""
-    value, low, high = (row[name + end] for end in ("", "_low", "_high"))
-    if value is None:
-        return "—"
-    return f"{value:{form}}{unit}" + ("" if low is None or high is None else f" [{low:{form}}, {high:{form}}]")
+    return _interval(row, name, lambda value: f"{value:{form}}", unit)
 
 
 def signed(row: Row, name: str) -> str:
-    return shown(row, name, "+z.2f")
+    """The same with signs. What rounding would make 0 keeps its side and one digit: an interval below 0 ends below 0."""
+    return _interval(row, name, lambda value: f"{value:+.1g}" if 0 < abs(value) < 0.005 else f"{value:+z.2f}")
+
+
+def _interval(row: Row, name: str, written: Callable[[float], str], unit: str = "") -> str:
+    value, low, high = (row[name + end] for end in ("", "_low", "_high"))
+    if value is None:
+        return "—"
+    return written(value) + unit + ("" if low is None or high is None else f" [{written(low)}, {written(high)}]")
 
 
 def number(value: float | None, form: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    formatted, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return int(app(args, prog_name="vlmbench", standalone_mode=False) or 0)
     except UsageError as error:
@@ -80,12 +82,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, f"Stopped by {number.name}{goes_on}.", 128 + number, args)
     except Exception as error:
         if hasattr(error, "show"):  # typer's own: an unknown command, option or value
+            if isinstance(said := getattr(error, "message", None), str):
+                vars(error)["message"] = said.removeprefix("Value error, ")  # whose error it was says nothing to a user
             error.show()
             return 2
         return _fail(error, f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}", 1, args)
     finally:
+        warnings.formatwarning = formatted
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _warning(message: Warning | str, category: type[Warning], *where: object, **also: object) -> str:
+    """Our own without the line of code that they came from: it says nothing to whoever gave a parameter."""
+    if category.__module__.partition(".")[0] == "vlmbench":
+        return f"Warning: {printable(str(message))}\n"
+    return _PLAIN(message, category, *where, **also)  # type: ignore[arg-type]
+
+
+_PLAIN = warnings.formatwarning
 
 
 def _fail(error: BaseException, sentence: str, code: int, args: list[str]) -> int:

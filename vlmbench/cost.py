@@ -34,12 +34,16 @@ def kv_bytes(tokens: int, shapes: Shapes, size: int) -> int:
     return 2 * shapes.layers * shapes.kv_heads * shapes.head_dim * size * tokens
 
 
-def weight_bytes(shapes: Shapes, size: int, neurons: tuple[int, ...] | None = None) -> int:
-    """The language model's matrices and its head, as far as one pass reads them."""
+def weight_bytes(shapes: Shapes, size: int, neurons: tuple[int, ...] | None = None, *, int8: bool = False) -> int:
+    """The language model's matrices and its head, as far as one pass reads them; `int8` is `Work.int8`."""
     projections = shapes.hidden * shapes.head_dim * 2 * (shapes.heads + shapes.kv_heads)
     used = neurons or (shapes.intermediate,) * shapes.layers
     layers = sum(projections + 3 * shapes.hidden * each for each in used)
-    return (layers + shapes.hidden * shapes.vocab) * size
+    head = shapes.hidden * shapes.vocab * size
+    if not int8:
+        return layers * size + head
+    outputs = shapes.head_dim * (shapes.heads + 2 * shapes.kv_heads) + 2 * shapes.hidden
+    return layers + sum(outputs + 2 * each for each in used) * size + head
 
 
 def prefill(work: Work, shapes: Shapes, size: int, batch: int = 1) -> Cost:
@@ -47,10 +51,12 @@ def prefill(work: Work, shapes: Shapes, size: int, batch: int = 1) -> Cost:
     if not any(work.tokens):
         return Cost(0, 0)
     own = max(work.tokens) * shapes.hidden * size + kv_bytes(1, shapes, size) * sum(work.tokens) // shapes.layers
-    return Cost(batch * works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + batch * own)
+    weights = weight_bytes(shapes, size, work.neurons, int8=work.int8)
+    return Cost(batch * works.flops(work, shapes), weights + batch * own)
 
 
 def decode(work: Work, shapes: Shapes, size: int) -> Cost:
     """One generated token (`Method.decode_work`): weights of the neurons that it uses, keys that it sees, a method's own."""
     keys = 2 * shapes.kv_heads * shapes.head_dim * size * sum(work.pairs)
-    return Cost(works.flops(work, shapes), weight_bytes(shapes, size, work.neurons) + keys + work.own_read)
+    weights = weight_bytes(shapes, size, work.neurons, int8=work.int8)
+    return Cost(works.flops(work, shapes), weights + keys + work.own_read)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ import typer
 
 from vlmbench import gate as gates
 from vlmbench.files import write_json
-from vlmbench.header import cpu_name
+from vlmbench.header import cpu_name, measured_on, said
 from vlmbench.request import RunRequest
 
 if TYPE_CHECKING:
@@ -105,14 +105,15 @@ def measure(request: RunRequest, backend: Backend, factor: float | None = None) 
         latency(session)
 
 
-def to_markdown(repeats: list[Repeat], floor: float, said: str) -> str:
-    """What was found, then every repeat."""
+def to_markdown(data: Mapping[str, Any]) -> str:
+    """What was found, then every repeat, from what `main` wrote."""
+    repeats, floor = [Repeat(**{**row, "ratio": tuple(row["ratio"])}) for row in data["rows"]], data["floor"]
     unchanged, planted = ([each for each in repeats if each.planted == kind] for kind in (False, True))
     failed, caught = (sum(each.verdict == "fail" for each in side) for side in (unchanged, planted))
     lines = [
         "# How often the gate is wrong",
         "",
-        said,
+        f"{data['said']} {_source(data)}",
         "",
         f"- unchanged code: {failed} of {len(unchanged)} failed, "
         f"{sum(each.verdict == 'inconclusive' for each in unchanged)} inconclusive",
@@ -128,6 +129,13 @@ def to_markdown(repeats: list[Repeat], floor: float, said: str) -> str:
         code = "slowed" if each.planted else "unchanged"
         lines.append(f"| {number} | {code} | {each.verdict} | {shown} | {each.videos} | {each.seconds:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    """Of a record from before these were written: that they are missing."""
+    if data.get("commit"):
+        return f"Measured on {said(data)}."
+    return f"Measured on {said(data)}; commit not recorded." if said(data) else "Versions and commit not recorded."
 
 
 def main(
@@ -156,15 +164,16 @@ def main(
             for factor in (None, 1 + slowdown):
                 found.append(repeat(request, backend, baseline, factor))
                 typer.echo(f"{found[-1]}", err=True)
-    said = (
+    asked = (
         f"`{method}` on {suite} with {model}, {rounds} rounds a video, on {cpu_name()}; the baseline is of {TIMED[-1]} videos "
         f"and 10 % below what they reached; slowed: {slowdown:.0%} more time in every stage of the model. "
         f"`python -m vlmbench.gate_study`."
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(to_markdown(found, floor, said), encoding="utf-8")
     rows = [{**each.__dict__, "ratio": list(each.ratio)} for each in found]
-    write_json(out.with_suffix(".json"), {"schema": 1, "floor": floor, "rows": rows})
+    data = {"schema": 1, **measured_on(), "said": asked, "floor": floor, "rows": rows}
+    out.write_text(to_markdown(data), encoding="utf-8")
+    write_json(out.with_suffix(".json"), data)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,18 @@ def embedded(adapter: ModelAdapter, shape: Shape, seed: int = 0) -> Prompt:
     generator = torch.Generator(adapter.device).manual_seed(seed)
     size = (1, layout.length, adapter.shapes.hidden)
     embeds = torch.randn(size, device=adapter.device, dtype=adapter.dtype, generator=generator)
-    positions = torch.arange(layout.length)[None]
-    if adapter.decode_positions(0).dim() == 3:
-        from vlmbench.models.qwen_vl import mrope_positions
-
-        positions = mrope_positions(layout, [1.0])[:, None]
+    positions = positions_of(adapter, layout)
     return Prompt(embeds, positions.to(adapter.device), layout, int(positions.max()) + 1)
+
+
+def positions_of(adapter: ModelAdapter, layout: TokenLayout) -> torch.Tensor:
+    """The family's own, ``[1, N]`` or ``[3, 1, N]``. Under M-RoPE a temporal unit is one step of time: no rate is known."""
+    if adapter.decode_positions(0).dim() != 3:
+        return torch.arange(layout.length)[None]
+    from vlmbench.models.qwen_vl import mrope_positions
+
+    videos = {span.media for span in layout.spans if span.kind == "video"}
+    return mrope_positions(layout, [1.0] * len(videos))[:, None]
 
 
 def vision_shape(adapter: ModelAdapter, shape: Shape) -> Shape:

@@ -25,6 +25,7 @@ from vlmbench.errors import RunError, UsageError
 from vlmbench.fidelity import fidelity
 from vlmbench.files import write_json
 from vlmbench.machine import load_backend
+from vlmbench.methods_plots import draw
 from vlmbench.methods_text import to_markdown
 from vlmbench.progress import Progress
 from vlmbench.record import FINISHED
@@ -35,8 +36,8 @@ Row = dict[str, Any]
 
 SHORTEST = 32
 SUITES = ("synthimage", suite_of(SHORTEST), suite_of(128), suite_of(384))
-QUESTIONS = dict.fromkeys(SUITES[:3], 44) | {SUITES[3]: 22}
-"""Of every suite, the quickest first; multiples of the eleven types of question."""
+QUESTIONS = dict.fromkeys(SUITES[:3], 66) | {SUITES[3]: 22}
+"""Of every suite, the quickest first; multiples of the eleven types of question. Equal answers to 54 would do to be *held*."""
 
 _DROP = "turbo:mode=drop"
 CURVES: dict[str, tuple[str, ...]] = {
@@ -205,10 +206,11 @@ def enter(
 
 
 def write(data: dict[str, Any], out: Path) -> None:
-    """``methods.json`` and ``methods.md``. Raises `RunError` when the folder cannot be written."""
+    """``methods.json``, ``methods.md`` and its pictures. Raises `RunError` when the folder cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "methods.json", data)
+        draw(data, out / "methods")
         (out / "methods.md").write_text(to_markdown(data), "utf-8")
     except OSError as error:
         raise RunError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
@@ -243,14 +245,18 @@ def main(
         typer.Option(metavar="SPEC", help="Repeatable. Default: videos of 32, 128 and 384 frames, and pictures."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Questions of every suite. Default: 44, and 22 at 384 frames.")
+        int | None, typer.Option(help="Questions of every suite. Default: 66, and 22 at 384 frames.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Store of the runs; what is there is not run again.")] = Path(
         "runs/methods"
     ),
     out: Annotated[Path, typer.Option(help="Folder for methods.json and methods.md.")] = Path("results/cpu"),
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only text and pictures again, from what is there.")] = False,
 ) -> None:
     """Measure every method's accuracy and budget on the tiny models."""
+    if redraw:
+        write(stored(out), out)
+        return
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, not {limit}.")
     study_all(model or NAMES, suite or SUITES, limit, runs, out)

@@ -98,8 +98,8 @@ class HeadPatterns:
                 *lines,
                 "",
                 f"{chosen} heads, at {self.pairs_relative:.3f} of full attention's pairs on a prompt of {self.tokens} tokens "
-                f"({self.suite}); mean recall {sum(self.recall) / len(self.recall):.3f}. Written to {out}; use it with "
-                f"`--method {METHOD}:artefact={out}`.",
+                f"({self.suite}); mean recall {sum(self.recall) / len(self.recall):.3f}. The search took {self.seconds:.1f} s. "
+                f"Written to {out}; use it with `--method {METHOD}:artefact={out}`.",
             ]
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, nan
+from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,24 +59,47 @@ def short(method: str) -> str:
 
 
 def _maps(figure: Figure, rows: Sequence[Row]) -> None:
+    """Patterns beside each other and boundaries below each other; before them what knows no boundary."""
     cells = [row for row in rows if "depth" in row]
-    methods = list(dict.fromkeys(row["method"] for row in cells))
+    lines = arranged(list(dict.fromkeys(row["method"] for row in cells)))
     lengths, depths = (list(dict.fromkeys(row[key] for row in cells)) for key in ("length", "depth"))
-    down = ceil(len(methods) / ACROSS)
-    figure.set_size_inches(1 + 1.75 * ACROSS, 0.5 + (0.75 + 0.24 * len(depths)) * down)
-    panels = figure.subplots(down, ACROSS, squeeze=False).flatten()
-    for axes, method in zip(panels, methods, strict=False):
-        known = {(row["length"], row["depth"]): row["accuracy"] for row in cells if row["method"] == method}
-        _image(axes, [[known.get((length, depth), nan) for length in lengths] for depth in depths], short(method))
-        axes.set_xticks(range(len(lengths)), [str(each) for each in lengths])
-        axes.set_yticks(
-            range(len(depths)), [each if isinstance(each, str) else f"{100 * each:.0f} %" for each in depths]
-        )
-    for axes in panels[len(methods) :]:
-        axes.set_axis_off()
-    figure.supxlabel("frames", fontsize=8)
+    figure.set_size_inches(1 + 1.75 * ACROSS, 0.5 + (0.8 + 0.24 * len(depths)) * len(lines))
+    panels = figure.subplots(len(lines), ACROSS, squeeze=False)
+    asked = {length: sorted({row["n"] for row in cells if row["length"] == length}) for length in lengths}
+    for across, line in zip(panels, lines, strict=True):
+        for axes, method in zip(across, line, strict=True):
+            if method is None:
+                axes.set_axis_off()
+                continue
+            known = {(row["length"], row["depth"]): row["accuracy"] for row in cells if row["method"] == method}
+            _image(axes, [[known.get((length, depth), nan) for length in lengths] for depth in depths], short(method))
+            axes.set_xticks(range(len(lengths)), [f"{length}\n({_span(asked[length])})" for length in lengths])
+            names = [each if isinstance(each, str) else f"{100 * each:.0f} %" for each in depths]
+            axes.set_yticks(range(len(depths)), names if axes is across[0] else [])
+    figure.supxlabel("frames (questions of a cell)", fontsize=8)
     figure.supylabel("depth of the needle", fontsize=8)
-    figure.colorbar(panels[0].images[0], ax=list(panels), label="accuracy", shrink=0.6)
+    figure.colorbar(panels[0, 0].images[0], ax=list(panels.flatten()), label="accuracy", shrink=0.6)
+
+
+def arranged(methods: Sequence[str]) -> list[list[str | None]]:
+    """Lines of `ACROSS` places: settings without a boundary first, then a column a pattern and a line a boundary."""
+    at: dict[str, dict[str, str]] = {}
+    for method in methods:
+        pattern, _, boundary = method.partition(",boundary=")
+        at.setdefault(pattern, {})[boundary] = method
+    alone = [method for each in at.values() if len(each) == 1 for method in each.values()]
+    columns = [each for each in at.values() if len(each) > 1]
+    lines: list[Sequence[str | None]] = [alone[first : first + ACROSS] for first in range(0, len(alone), ACROSS)]
+    for first in range(0, len(columns), ACROSS):
+        some = columns[first : first + ACROSS]
+        lines += [
+            [each.get(boundary) for each in some] for boundary in dict.fromkeys(key for each in some for key in each)
+        ]
+    return [[*line, *[None] * (ACROSS - len(line))] for line in lines]
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
 
 
 def _recall(figure: Figure, rows: Sequence[Row]) -> None:

@@ -39,12 +39,12 @@ LENGTHS = (32, 128, 384)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MAP_TYPE = "colour"
 """One event, one question: what color is the SHAPE?"""
-CELLS = {32: 4, 128: 2, 384: 1}
+CELLS = {32: 8, 128: 6, 384: 4}
 """Frames up to which -> questions of a cell: fewer the longer an answer takes; rows of all cells together have the rest."""
-MIXED_LENGTHS, MIXED = (64, 128), 6
-"""Frames, and questions of a length: one of every type."""
+MIXED_LENGTHS, MIXED = (64, 128), 18
+"""Frames, and questions of a length: three of every type."""
 THIRDS = ("first", "middle", "last")
-CURVE = {"synthvideo:length=384": 22, "synthvideo:length=128": 22, "synthmixed:length=128": 18}
+CURVE = {"synthvideo:length=384": 66, "synthvideo:length=128": 66, "synthmixed:length=128": 66}
 """Suite -> questions: multiples of its types."""
 LONG = "length=384"
 DENSE_TEXT = "mminference:pattern=vs,boundary=q,text=dense"

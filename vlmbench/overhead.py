@@ -17,7 +17,7 @@ import torch
 import typer
 
 from vlmbench.engine import TorchBackend
-from vlmbench.header import cpu_name, versions
+from vlmbench.header import measured_on
 from vlmbench.machine import load_backend
 from vlmbench.request import RunRequest
 from vlmbench.session import make_methods, make_suite
@@ -96,7 +96,7 @@ def main(
 ) -> None:
     """Measure at two answer lengths and print one JSON document."""
     rows = [measure(model, 32, tokens, rounds) for tokens in (2, 32)]
-    text = json.dumps({"schema": 1, "machine": cpu_name(), "versions": versions(), "rows": rows}, indent=1) + "\n"
+    text = json.dumps({"schema": 1, **measured_on(), "rows": rows}, indent=1) + "\n"
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from vlmbench import header
 from vlmbench.spec import joined
 
 Row = Mapping[str, Any]
@@ -92,15 +93,16 @@ BENCH_NOTE = (
 
 
 def bench_rows(folder: Path) -> list[tuple[str, Row]]:
-    """(workload, row) of every bench result in a machine's folder; smoke rows are no results."""
+    """(workload, row with a `source` in words) of every bench result in a machine's folder; smoke rows are no results."""
     found: list[tuple[str, Row]] = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         rows = data.get("rows", []) if isinstance(data, dict) else []
-        found += [(path.stem, row) for row in rows if "op" in row and "dense_s" in row]
+        if rows and "op" in rows[0] and "dense_s" in rows[0]:
+            found += [(path.stem, {**row, "source": header.said(data)}) for row in rows]
     for path in sorted(folder.glob("rows*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found += [(row["workload"], row) for row in rows]
+        found += [(row["workload"], {**row, "source": row.get("commit") and f"commit {row['commit']}"}) for row in rows]
     return [(name, row) for name, row in found if "smoke" not in (row.get("marks") or [])]
 
 
@@ -108,8 +110,36 @@ def bench_table(rows: Sequence[tuple[str, Row]]) -> str:
     """A Markdown table of bench rows. Rows from before a column existed leave its cell empty."""
     rule = "| --- | --- | --- | --- | ---: | --- |" + " ---: |" * 8 + " --- |"
     machines = dict.fromkeys(f"{row['device']}, {row['dtype']}" for _, row in rows)
-    lines = [f"Measured on {'; '.join(machines)}.", "", BENCH_HEAD, rule, *(_bench_line(*each) for each in rows)]
-    return "\n".join([*lines, "", BENCH_NOTE])
+    lines = [f"Measured on {'; '.join(machines)}. {_sources(rows)}"]
+    lines += ["", BENCH_HEAD, rule, *(_bench_line(*each) for each in rows)]
+    return "\n".join([*lines, "", BENCH_NOTE, *_said_of_rows(rows)])
+
+
+def _said_of_rows(rows: Sequence[tuple[str, Row]]) -> Iterable[str]:
+    """Other kernels for the same pairs, and what a row's note says, as lists."""
+    rivals = [
+        f"- {name}: {', '.join(f'{way} {seconds:.4g} s' for way, seconds in row['method_kernels_s'].items())}"
+        for name, row in rows
+        if row.get("method_kernels_s")
+    ]
+    notes = [f"- {name}: {row['note']}" for name, row in rows if row.get("note")]
+    if rivals:
+        yield from ("", "Every way to compute the same pairs, medians in turns:", "", *rivals)
+    if notes:
+        yield from ("", "Notes:", "", *notes)
+
+
+def _sources(rows: Sequence[tuple[str, Row]]) -> str:
+    """What the rows say of the machine, the versions and the commit that measured them; which rows, where they differ."""
+    found: dict[str, list[str]] = {}
+    for name, row in rows:
+        names = found.setdefault(row.get("source") or "commit and versions not noted", [])
+        names += [name] if name not in names else []
+    if len(found) == 1:
+        (words,) = found
+        return f"{words[0].upper()}{words[1:]}."
+    each = (f"{words} ({', '.join(names)})" for words, names in found.items())
+    return f"Rows by their source: {'; '.join(each)}."
 
 
 def _bench_line(name: str, row: Row) -> str:
@@ -142,7 +172,8 @@ def _bench_line(name: str, row: Row) -> str:
 
 def machine_texts(root: Path) -> dict[Path, str]:
     """``bench.md`` of every machine with bench rows, and the report beside every study's rows, as they should read."""
-    from vlmbench import claims_text, density, memvp_text, methods_text, needles_text
+    from vlmbench import claims_text, density, gate_study, memvp_text, methods_text, needles_text
+    from vlmbench.reference import discrimination
 
     reports = {
         "pevlm": claims_text,
@@ -150,12 +181,16 @@ def machine_texts(root: Path) -> dict[Path, str]:
         "memvp": memvp_text,
         "mminference": needles_text,
         "methods": methods_text,
+        "discrimination": discrimination,
+        "gate": gate_study,
     }
     found = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         if rows := bench_rows(folder):
             title = f"# Bench rows on {folder.name}\n\n{_versions(folder)}"
             found[folder / "bench.md"] = f"{title}{bench_table(rows)}\n"
+        if curves := density.of_bench(row for name, row in rows if name.startswith("gpu-")):
+            found[folder / "kernels.md"] = density.to_markdown({"file": "rows.jsonl", "rows": curves})
         for name, text in reports.items():
             if (rows_of := folder / f"{name}.json").exists():
                 found[folder / f"{name}.md"] = text.to_markdown(json.loads(rows_of.read_text(encoding="utf-8")))

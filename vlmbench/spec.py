@@ -225,6 +225,8 @@ def _convert(text: str, hint: Any, where: str) -> Any:
     if hint in (int, float):
         try:
             value = hint(text)
+            if hint is int and abs(value) >= 2**63:  # a tensor cannot hold it, and says so in its own words
+                raise UsageError(f"{where} must lie between -2**63 and 2**63, not {text!r}.")
             if math.isfinite(value):  # a NaN passes every check of a range, and infinity times 0 is one
                 return value
         except (ValueError, OverflowError):

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 from vlmbench.kernels.token_merge.schedule import N_REF, cap, weight
 
 Score = Literal["both", "redundancy", "value"]
+HEAVIEST = 1e30
+"""Of weights: times an importance still a finite float32, and so large that attention alone decides."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Rule:
             return 0.0
         found = weight(self.alpha, self.c, block, beta=self.beta, gamma=self.gamma)
         return found / N_REF if self.normalise else found
+
+    def overflows(self) -> int | None:
+        """The first block whose weight is above `HEAVIEST`, if any."""
+        for block in range(len(self.schedule)):
+            try:
+                if self.weight(block) > HEAVIEST:
+                    return block
+            except OverflowError:  # the power alone
+                return block
+        return None
 
 
 class Medium(NamedTuple):

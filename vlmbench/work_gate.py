@@ -39,7 +39,7 @@ def counted(adapter: ModelAdapter, model: str, methods: Sequence[Method]) -> Ite
     """A row a method: tokens, pairs and neurons summed over layers, FLOPs, and bytes of the cache after the answer."""
     from vlmbench import work as works
     from vlmbench.cache import cache_bytes
-    from vlmbench.check_contract import Subject
+    from vlmbench.check_promises import Subject
     from vlmbench.loaded import typed
     from vlmbench.session import make_methods
     from vlmbench.spec import joined, params_of

@@ -8,7 +8,7 @@ Runs what is not in `--runs` yet, writes the table as JSON and Markdown, and exi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,18 +137,60 @@ def _given(params: Mapping[str, Any]) -> set[str]:
     return {key for key, value in params.items() if value is not None}
 
 
-def to_markdown(table: Sequence[dict[str, Any]]) -> str:
+def verdict(row: Mapping[str, Any]) -> str:
+    """Of the whole interval: a loss whose interval holds the asked one is open, whatever the point says."""
+    if row["least"] == 0:
+        return "held" if row["loss_low"] > 0 else "MISSING" if row["loss_high"] <= 0 else "open"
+    if row["loss_low"] >= row["least"]:
+        return "held"
+    return "MISSING" if row["loss_high"] < row["least"] or row["loss_low"] <= 0 else "open"
+
+
+def to_markdown(data: Mapping[str, Any]) -> str:
+    """What `main` wrote, to read."""
+    table, on = data["rows"], data.get("measured_on")
     lines = [
-        "| model | method | frames | questions | n | full | method's | loss [95 %] | at least | |",
+        "# What throws information away loses",
+        "",
+        "Written from `discrimination.json`; do not edit. `python -m vlmbench.reference.discrimination` asks the shipped "
+        f"models {_range(row['n'] for row in table if row['questions'] == 'all')} questions on `synthvideo` at each length, "
+        "all frames unless a method says otherwise, accuracy alone, and pairs each method with full attention on the same "
+        "questions. *order* questions ask what came when. `loss` is full attention's accuracy minus the method's, with its "
+        "95 % interval clustered by video; `at least` is the loss that was asked for (0: any loss). **held**: the whole "
+        "interval is at or above it (above 0); **open**: the loss is beyond its error, and its interval holds more "
+        "and less than asked; **MISSING**: it is not, or all of the interval is below.",
+        "",
+        "Measured on " + ("; ".join(on) if on else "a CPU; machine, versions and commit not recorded") + ".",
+        "",
+        "| model | method | frames | questions | n | full | method's | loss [95 %] | at least | verdict |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in table:
         loss = f"{row['loss']:.2f} [{row['loss_low']:.2f}, {row['loss_high']:.2f}]"
         lines.append(
             f"| {row['model']} | `{row['method']}` | {row['length']} | {row['questions']} | {row['n']} | {row['full']:.2f} "
-            f"| {row['accuracy']:.2f} | {loss} | {row['least']:.2f} | {'holds' if row['holds'] else 'MISSING'} |"
+            f"| {row['accuracy']:.2f} | {loss} | {row['least']:.2f} | {verdict(row)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(set(values))
+    return "no" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def measured_on(runs: Path, models: Sequence[str]) -> list[str]:
+    """Machines and versions of the stored answers, once each."""
+    from vlmbench.store import ResultStore
+    from vlmbench.tables import versions_text, wrote
+
+    views = [view for view in ResultStore(runs).runs(skim=True) if view.header["spec"]["model"] in models]
+    sessions = [session for view in views for session in wrote(view)]
+    said = (
+        f"{each['device']['cpu']}, {each['device']['cores']} cores, {each['measure']['threads']} threads; {versions_text(each)}"
+        for each in sessions
+    )
+    return sorted(set(said))
 
 
 def main(
@@ -166,9 +208,10 @@ def main(
             for length in loss.lengths:
                 measure(spec, loss, length, runs, limit)
     table = rows(runs, model or MODELS)
-    out.with_suffix(".json").write_text(json.dumps({"schema": 1, "rows": table}, indent=1) + "\n", "utf-8")
-    out.with_suffix(".md").write_text(to_markdown(table), "utf-8")
-    print(to_markdown(table))
+    data = {"schema": 1, "measured_on": measured_on(runs, model or MODELS), "rows": table}
+    out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    out.with_suffix(".md").write_text(to_markdown(data), "utf-8")
+    print(to_markdown(data))
     if not all(row["holds"] for row in table):
         raise typer.Exit(1)
 
