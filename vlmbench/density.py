@@ -120,14 +120,15 @@ def to_markdown(data: Mapping[str, Any]) -> str:
         "",
         f"Written from `{data.get('file', 'kernels.json')}` by `python -m vlmbench.publish`; do not edit. One layer's "
         "attention with its index, over the best dense kernel of the machine, in interleaved rounds; brackets are 95 % "
-        "intervals. *Density* is the pairs that a pattern allows over dense causal pairs, *time* its seconds over dense ones "
-        "(below 1 is faster), and *reached* the ratio over what the pairs allow. Queries and keys hold planted lines, columns "
-        "and diagonals.",
+        "intervals, which fewer than six rounds do not give. *Density* is the pairs that a pattern allows over dense causal "
+        "pairs, *time* its seconds over dense ones (below 1 is faster), and *reached* the ratio over what the pairs allow. "
+        "Queries and keys hold planted lines, columns and diagonals.",
     ]
     if not rows:
         return "\n".join([*lines, "", "Nothing was timed.", ""])
     first = rows[0]
     said = f"{first['device']}, {first['dtype']}, {first['heads']} heads, {first['kv_heads']} key heads of {first['head_dim']}"
+    said += f", {first['rounds']} rounds"
     lines += ["", f"{', '.join(filter(None, (said, header.said(data))))}."]
     for pattern in dict.fromkeys(each["pattern"] for each in rows):
         own = [each for each in rows if each["pattern"] == pattern]
