@@ -235,7 +235,7 @@ class Mminference(Method):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         from vlmbench.mm_attention import attention as attend
-        from vlmbench.mm_attention import note
+        from vlmbench.mm_told import note
 
         def attention(
             module: nn.Module,
@@ -266,7 +266,7 @@ class Mminference(Method):
         patch.attention(attention)
 
     def work(self, prompt: Prompt, shapes: Shapes, trace: Trace) -> Work:
-        from vlmbench.mm_attention import DID
+        from vlmbench.mm_told import DID
 
         dense = super().work(prompt, shapes, trace)
         trace.settle()
@@ -280,7 +280,7 @@ class Mminference(Method):
 
     def _expected(self, scene: Scene, shapes: Shapes, dense: Work) -> Work:
         """By the rule alone; boundaries are counted as if there were none."""
-        from vlmbench.mm_attention import Expected, expected
+        from vlmbench.mm_told import Expected, expected
 
         pairs, scores, extra = list(dense.pairs), 0, 0
         known: dict[Intra, Expected] = {}

@@ -21,7 +21,7 @@ from vlmbench.kernels.calls.tiles import Softmaxed, softmaxed
 from vlmbench.kernels.grid import lines
 from vlmbench.kernels.vertical_slash import gathered
 from vlmbench.method import Method
-from vlmbench.mm_attention import DID
+from vlmbench.mm_told import DID
 from vlmbench.patch import fingerprint
 from vlmbench.session import make_methods
 from vlmbench.trace import Trace

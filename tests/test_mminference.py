@@ -27,10 +27,11 @@ from vlmbench.method import Method
 from vlmbench.methods.full import Full
 from vlmbench.methods.mminference import Mminference
 from vlmbench.mm_artefact import read
-from vlmbench.mm_attention import attention, note
+from vlmbench.mm_attention import attention
 from vlmbench.mm_patterns import INTERS, KINDS, USED, Head, Intra, Run, Scene
 from vlmbench.mm_planted import plant
 from vlmbench.mm_search import GAIN, at_cost, choose, output_recall, search_layer, text_only
+from vlmbench.mm_told import note
 from vlmbench.reference import SHIPPED
 from vlmbench.request import RunRequest
 from vlmbench.suite import Caption

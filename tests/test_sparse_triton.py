@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.on_triton import CPU, check_rows, qkv, run_interpreted, run_without_triton
-from vlmbench import mm_attention, mm_boundary, mm_fused
+from vlmbench import mm_attention, mm_boundary, mm_fused, mm_told
 from vlmbench.kernels import a_shape as a_shape_op
 from vlmbench.kernels import grid as grid_op
 from vlmbench.kernels import vertical_slash as vertical_slash_op
@@ -238,7 +238,7 @@ def test_numbers_are_asked_for_when_the_trace_is_read_and_once(stand_ins: None) 
     for layer_number in (0, 1):
         _, did = mm_attention.attention(q, k, v, MIX, SCENE, settle=False)
         did.later.append(lambda: times.append(1))
-        mm_attention.note(trace, SCENE, layer_number, 4, did)
+        mm_told.note(trace, SCENE, layer_number, 4, did)
     assert not trace.facts
     assert not times
     assert trace.applied
@@ -250,7 +250,7 @@ def test_numbers_are_asked_for_when_the_trace_is_read_and_once(stand_ins: None) 
     plain = Trace()
     for layer_number in (0, 1):
         _, did = mm_attention.attention(q, k, v, MIX, SCENE)
-        mm_attention.note(plain, SCENE, layer_number, 4, did)
+        mm_told.note(plain, SCENE, layer_number, 4, did)
     assert plain.to_json() == read
 
 
