@@ -196,6 +196,9 @@ def test_rivals_are_timed_in_turns_and_a_wrong_one_has_no_time(cli: Callable[...
     assert set(row["method_kernels_s"]) == {"own"}
     assert "is wrong by" in row["method_refused"]["flex"]
     assert row["ratio"] > 0
+    said = bench.to_text([row])
+    assert f"each way: own {row['method_kernels_s']['own']:.4g} s" in said
+    assert "without a time: flex (" in said
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, AttributeError])  # the last two: another torch's signature

@@ -128,6 +128,15 @@ def test_what_has_its_row_is_not_measured_again(tmp_path: Path, monkeypatch: Any
     assert [line for line in log.splitlines() if line.startswith("» ")] == ["» b"]
 
 
+def test_what_held_an_earlier_call_up_comes_last(tmp_path: Path, monkeypatch: Any) -> None:
+    """Else a compiler that hangs would end every call that is to go on behind it."""
+    (tmp_path / bench_gpu.LOG).write_text("» a (500 s left)\n» b (400 s left)\n", encoding="utf-8")
+    (tmp_path / bench_gpu.ROWS).write_text('{"workload": "a"}\n')
+    code = "for name in names:\n    print('» ' + name, flush=True)\n"
+    _, log = watched(tmp_path, monkeypatch, code, 60)
+    assert [line for line in log.splitlines() if line.startswith("» ")] == ["» c", "» b"]
+
+
 def test_the_time_is_kept_and_what_was_not_reached_is_named(tmp_path: Path, monkeypatch: Any) -> None:
     returned, log = watched(tmp_path, monkeypatch, "print('» a', flush=True); time.sleep(60)", 2)
     assert returned == 0

@@ -170,6 +170,9 @@ def test_the_command_prints_both_rows(cli: Callable[..., Any]) -> None:
     data = json.loads(called.out)
     jsonschema.validate(data, json.loads(SCHEMA.read_text()))
     assert ["3 of 4 layers" in row["dense_kernel"] for row in data["rows"]] == [True, True]
+    for row in data["rows"]:  # a rehearsal on a CPU says so, and that this model needs no offload
+        assert "no card: nothing was limited" in row["note"]
+        assert "every layer fits there" in row["note"]
 
 
 @pytest.mark.gpu

@@ -32,6 +32,9 @@ class Watch:
         left = [each for each in workloads if each.name not in measured]
         if len(left) < len(workloads):
             self._say(f"{len(workloads) - len(left)} workloads have their row in {self.out / ROWS} already.")
+        # What an earlier call began and has no row of may have held it up: the others come first.
+        begun = self._begun()
+        left.sort(key=lambda each: each.name in begun)
         while left:
             code, began = self._worker(left)
             if code == 2 and not began:
@@ -100,6 +103,12 @@ class Watch:
             with suppress(ValueError):
                 found.append(json.loads(line))
         return found
+
+    def _begun(self) -> set[str]:
+        """Workloads that earlier calls with the same folder began, by their log."""
+        path = self.out / LOG
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ()
+        return {line[len(NAME) :].split()[0] for line in lines if line.startswith(NAME)}
 
     def _say(self, line: str) -> None:
         print(line, flush=True)

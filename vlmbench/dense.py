@@ -113,9 +113,11 @@ def causal_mask(n: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     number = torch.arange(-(-n // TILE), dtype=torch.int32, device=device)
-    own = ((number[:, None] + number) % len(number)).int()  # of each row only the first counts
-    tables = (torch.ones_like(number), own, number, number.expand_as(own).contiguous())
-    return BlockMask.from_kv_blocks(*(each[None, None] for each in tables), TILE, _causal, seq_lengths=(n, n))
+    own = ((number[:, None] + number) % len(number)).int()[None, None]  # of each row only the first counts
+    before = number.expand_as(own).contiguous()
+    counts = torch.ones_like(number)[None, None], number[None, None]
+    options: dict[str, Any] = {"BLOCK_SIZE": TILE, "mask_mod": _causal, "seq_lengths": (n, n)}
+    return BlockMask.from_kv_blocks(counts[0], own, counts[1], before, **options)
 
 
 def _causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
