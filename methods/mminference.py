@@ -180,8 +180,13 @@ class Mminference(Method):
             raise UsageError(f"fit chooses a pattern for every head of every layer; leave {', '.join(given)} out.")
         return search(fitting, self.budget)
 
+    @property
+    def on_text(self) -> bool:
+        """What was fitted has patterns of its own for text alone, as MInference has."""
+        return self._fitted is not None
+
     def prepare(self, prompt: Prompt, trace: Trace) -> Prompt:
-        if not prompt.layout.n_visual and self._fitted is None:
+        if not prompt.layout.n_visual and not self.on_text:
             trace.inactive("the prompt has no visual tokens")
             return prompt
         return replace(prompt, extras={**prompt.extras, "mm_scene": Scene.of(prompt.layout)})

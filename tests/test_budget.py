@@ -115,6 +115,37 @@ def test_a_table_says_what_to_type_until_the_rivals_are_there(store: ResultStore
     assert not [note for note in rows(store.root).notes if "at the budget of" in note]
 
 
+def test_a_rival_that_could_keep_no_more_is_not_asked_for_again(store: ResultStore) -> None:
+    """A Qwen-VL makes four units of seven frames and three of six: three quarters of the tokens, not six sevenths."""
+    fill(store, answered(HALF, **counted(100, 100, 1000)), frames=7)
+    for method in ("turbo", "uniform", "random"):
+        fill(store, answered(HALF, **counted(90, 90, 890)), frames=7, method=method)
+    for ratio, asked_for in ((0.571429, True), (0.857143, False)):
+        params = {"ratio": ratio, "axis": "frames"}
+        fill(store, answered(HALF, **counted(75, 75, 740)), frames=7, method="downsample", method_params=params)
+        notes = [note for note in rows(store.root).notes if note.endswith("--method downsample:ratio=0.857143")]
+        assert bool(notes) == asked_for, ratio
+
+
+def test_trivial_on_pictures_takes_no_fewer_frames_and_an_idle_rival_is_no_error(
+    cli: Callable[..., Called], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    for name in ("a", "b", "c", "d"):
+        Image.effect_noise((112, 112), 60).convert("RGB").save(tmp_path / f"{name}.png")
+    one, four = tmp_path / "one.jsonl", tmp_path / "four.jsonl"
+    one.write_text('{"media": "a.png", "question": "what ?"}')
+    four.write_text('{"media": ["a.png", "b.png", "c.png", "d.png"], "question": "what ?"}')
+    run = ("run", "--model", "tiny-qwen2.5-vl", "--method", "turbo:r=4,mode=drop", "--max-new-tokens", 1, "--trivial")
+    for questions, more in ((one, set()), (four, {"downsample"})):
+        suite, out = f"folder:{tmp_path},questions={questions}", tmp_path / questions.stem
+        found = cli(*run, "--mode", "accuracy", "--suite", suite, "--out", out)
+        assert found.code == 0, found.err
+        assert "--trivial adds them" not in found.out
+        assert {row["method"] for row in rows(out)} == {"full", "turbo", "uniform", "random"} | more
+
+
 def test_the_row_holds_every_equivalent(store: ResultStore) -> None:
     work = {**counted(100, 60, 700)["work"], "vision_flops": 5, "vision_dense_flops": 10}
     fill(store, answered(HALF, work=work))

@@ -167,6 +167,15 @@ def test_what_was_trained_owes_nothing_to_full_attention_without_a_picture() -> 
     assert (found.ok, "it is trained" in found.detail) == (None, True)
 
 
+def test_patterns_fitted_for_text_too_owe_nothing_to_full_attention_without_a_picture(cli: Cli) -> None:
+    given = ("--model", "tiny-llava-ov", "--method", "mminference:artefact=auto", "--frames", 8, "--format", "json")
+    called = cli("check", "contract", *given)
+    assert called.code == 0, called.out
+    found = {row["name"]: row["ok"] for row in json.loads(called.out)["rows"]}
+    assert found.pop("text alone is left alone") is None
+    assert set(found.values()) == {True}
+
+
 def test_an_answer_that_depends_on_chance_is_found() -> None:
     assert checked(Drifts())["the same sample twice"].ok is False
 

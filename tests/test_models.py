@@ -196,6 +196,7 @@ def test_changed_weights_change_the_hash(adapter: Any, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("tiny-lava-ov", "No model is called"),
+        ("mini-llava-ov:layers=2", "Did you mean 'mini-llava-ov@random:layers=2'"),
         ("qwen3.5-vl-7b@random", "No preset is called"),
         ("mini-llava-ov@random:layers=0", "n at least 1"),
         ("Qwen/Not-Here-7B", "not on this machine"),

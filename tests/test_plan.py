@@ -197,7 +197,7 @@ def test_a_method_is_named_with_its_parameters_and_what_it_did_to_the_frames_is_
 
 
 def test_it_warns_of_positions_that_the_model_does_not_have(cli: Callable[..., Any]) -> None:
-    """LLaVA-1.5 has 4,096, seven pictures of 576 tokens and 64 of text. Dropping keeps places; under M-RoPE a frame is one step."""
+    """LLaVA-1.5 has 4,096: seven pictures of 576 and 64 of text. Dropping keeps places; under M-RoPE a frame is one step."""
     llava = ("plan", "--model", "llava-1.5-7b@random:layers=1", "--device", "h200", "--text-tokens", "64")
     most = ("--frames", "7", "--max-new-tokens", "1")
     assert "Too long" not in cli(*llava, *most).out  # 4,032 visual and 64 of text: all there are

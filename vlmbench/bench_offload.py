@@ -108,6 +108,8 @@ class _Bench:
         self.prompt = embedded(adapter, shape, seed)
         self.clock = Clock(adapter.device)
         self.resident = 0
+        self.roomy = False
+        """Whether dense attention needs no offload within the limit."""
         self.bus: float | None = None
         self.trace = Trace()
         self.eager: str | None = ""
@@ -118,6 +120,7 @@ class _Bench:
         layers = self.adapter.layers
         most = fits(self.adapter, self.limit, self.prompt.length + self.steps) if resident is None else resident
         self.resident = min(most, len(layers) - 1)
+        self.roomy = resident is None and most >= len(layers)
         if self.resident < 0:
             raise RunError(
                 f"{self.limit / GB:g} GB do not hold the dense model even with every FFN streamed; give more memory or a "
@@ -243,8 +246,13 @@ class _Bench:
         prompt, token = (
             each / GB for each in (dense.copied["prefill_bytes"], dense.copied["decode_bytes"] / TRIED_STEPS)
         )
+        rehearsed = (
+            "" if self.adapter.device.type == "cuda" else "no card: nothing was limited, no copy crossed a bus; "
+        )
+        roomy = "every layer fits there, and one streams all the same; " if self.roomy else ""
         return (
-            f"{self.limit / GB:g} GB of the card; seconds are prefill and {self.steps} tokens, decoding alone is {alone:.3g}x; "
+            f"{rehearsed}{self.limit / GB:g} GB of the card; {roomy}"
+            f"seconds are prefill and {self.steps} tokens, decoding alone is {alone:.3g}x; "
             f"dense copies {prompt:.3g} GB a prompt and {token:.3g} GB a token, {self.method.name} "
             f"{own.copied['prefill_bytes'] / GB:.3g} GB a prompt, at {(self.bus or 0) / GB:.3g} GB/s; Python launches dense "
             f"attention while copies run"

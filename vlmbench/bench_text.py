@@ -20,6 +20,10 @@ def _line(row: Mapping[str, Any]) -> str:
         says.append(f"check: {row['check'] or 'not asked for'}")
     if row["flops_share"] is not None:
         says.append(f"{row['flops_share']:.0%} of the device's matrix rate, {row['bytes_share']:.0%} of its bandwidth")
+    if row["method_kernels_s"]:
+        says.append(f"each way: {', '.join(f'{name} {s:.4g} s' for name, s in row['method_kernels_s'].items())}")
+    if row["method_refused"]:
+        says.append(f"without a time: {', '.join(f'{name} ({why})' for name, why in row['method_refused'].items())}")
     says += [f"marks: {', '.join(row['marks'])}"] if row["marks"] else []
     says += [row["note"]] if row["note"] else []
     own, dense = (f"{row[key]:.4g} s" if row[key] is not None else "no time" for key in ("method_s", "dense_s"))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vlmbench.cache import lengths
-from vlmbench.composed import neutral_of
+from vlmbench.composed import neutral_of, parts_of
 from vlmbench.engine import Generation, generate
 from vlmbench.method import Method
 from vlmbench.models.base import ModelAdapter
@@ -180,6 +180,8 @@ def reads(subject: Subject) -> None:
     """A prompt without pictures is answered as by full attention, unless something was trained, and marked."""
     if "weights" in subject.method.traits.takes:
         raise Skipped("what it does to weights has nothing to do with pictures")
+    if any(part.on_text for part in parts_of(subject.method)):
+        raise Skipped("it means to act on text alone as well")
     full = subject.answer(subject.full, []).done
     answer = subject.answer(subject.method, [])
     if not subject.method.traits.trained:

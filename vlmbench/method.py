@@ -160,6 +160,11 @@ class Method(ABC):
         """Change the prompt after vision and before layer 0. Set ``trace.inactive(reason)`` when there is nothing to do."""
         return prompt
 
+    @property
+    def on_text(self) -> bool:
+        """Whether it means to act on a prompt without pictures as well, where others leave full attention alone."""
+        return False
+
     def unplanned(self, layout: TokenLayout) -> str:
         """What `work` cannot know of such a prompt before it has run, in words that ``vlmbench plan`` prints; else nothing."""
         return ""

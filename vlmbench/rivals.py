@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from vlmbench.budget import TRIVIAL, Spent, matched, rivals
 from vlmbench.loaded import BASELINE, Loaded
+from vlmbench.registry import methods
+from vlmbench.spec import build, params_of, parse
 
 REFERENCES = ("full", "blind", "prior")
 """Rows that say what a number means; they are not held against the trivial methods."""
@@ -77,9 +79,14 @@ def _gap(group: Sequence[Loaded]) -> Gap | None:
     full = next((run for run in group if run.method == BASELINE and run.spent), None)
     if full is None or full.spent is None or full.mixed:
         return None  # one number of tokens is no budget for videos of several lengths
-    lacking = {run.method: specs for run in group if (specs := _missing(run, full.spent, full.frames, group))}
+    lacking = {run.method: specs for run in group if (specs := _missing(run, full.spent, _frames(full), group))}
     found = dict.fromkeys(spec for specs in lacking.values() for spec in specs)
     return Gap(full, tuple(lacking), tuple(found)) if found else None
+
+
+def _frames(full: Loaded) -> int | None:
+    """That were decoded: of pictures one, whatever was asked for."""
+    return next((len(each.frames) for each in full.samples.values() if each.frames), full.frames)
 
 
 def _missing(run: Loaded, full: Spent, frames: int | None, group: Sequence[Loaded]) -> list[str]:
@@ -87,7 +94,15 @@ def _missing(run: Loaded, full: Spent, frames: int | None, group: Sequence[Loade
         return []
     found = []
     for spec, tokens in rivals(matched(run.spent, full), full, frames).items():
-        there = [each.spent for each in group if spec.startswith(f"{each.method}:") and each.spent]
-        if not any(each.within(run.spent) and each.tokens >= NEAR * tokens for each in there):
+        asked = [each for each in group if spec.startswith(f"{each.method}:") and each.spent]
+        near = (each.spent for each in asked if each.spent and each.spent.within(run.spent))
+        if not any(each.tokens >= NEAR * tokens for each in near) and not any(_is(each, spec) for each in asked):
             found.append(spec)
     return found
+
+
+def _is(run: Loaded, spec: str) -> bool:
+    """Whether this very rival was asked. Where pictures differ in size, or a Qwen-VL pairs an odd number of frames, it keeps
+    fewer tokens than it may, and there is none nearer."""
+    wanted = parse(spec)
+    return params_of(build(methods.load(wanted.name), wanted, "Method")) == dict(run.spec["method_params"])

@@ -202,7 +202,13 @@ def conclude(session: Session) -> int:
 
 
 def _refuse_if_idle(entry: Entry) -> None:
-    """A method that had nothing to do on every sample was compared with itself: that is an error, not a result."""
+    """A method that had nothing to do on every sample was compared with itself: that is an error, not a result.
+
+    A rival that ``--trivial`` asked is marked in the table, and nobody's error: of several pictures in a prompt no fewer
+    frames can be taken, which a record does not tell.
+    """
+    if not entry.asked:
+        return
     records = [record for record in entry.run.records.values() if record.status in FINISHED]
     if records and not any(record.applied for record in records):
         raise RunError(

@@ -46,6 +46,8 @@ class Entry:
 
     method: Method
     run: Run
+    asked: bool = True
+    """By the user, and not by ``--trivial``."""
 
 
 class Session:
@@ -113,14 +115,14 @@ class Session:
         for method in methods:
             self._check(method)
             self.methods.append(method)
-        return [self._enter(method) for method in methods]
+        return [self._enter(method, asked=False) for method in methods]
 
     def _check(self, method: Method) -> None:
         self.backend.check(method)
         method.check_weights(self.backend.identity)
         method.fit(self.suite)
 
-    def _enter(self, method: Method) -> Entry:
+    def _enter(self, method: Method, *, asked: bool = True) -> Entry:
         store, answer = ResultStore(self.request.out), self._answer_spec(method)
         header = self._header(answer, method)
         for changed in filter(None, (_other_code(store, answer, header), _other_data(store, answer, header))):
@@ -128,7 +130,7 @@ class Session:
         opened = self._open.enter_context(store.open(answer, header, fresh=self.request.fresh))
         if opened.repaired:
             self.progress.note(opened.repaired)
-        self.entries.append(Entry(method, opened))
+        self.entries.append(Entry(method, opened, asked))
         return self.entries[-1]
 
     def describe(self) -> str:

@@ -55,5 +55,8 @@ def split_preset(text: str) -> tuple[str, Spec] | None:
 
 
 def suggestion(text: str) -> str:
-    """A did-you-mean over every known model name."""
+    """A did-you-mean over every known model name; of a preset's, how its random weights are asked for."""
+    name, colon, params = text.partition(":")
+    if name in PRESETS:
+        return f" Did you mean '{name}@random{colon}{params}'?"
     return nearest(text, [name for name, _ in names()])
