@@ -5,12 +5,8 @@ The kernels themselves are run by `interpreted_core_neurons.py` under Triton's i
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.on_triton import run_interpreted, run_without_triton
 from vlmbench.errors import UsageError
 from vlmbench.graphs import recorder
 from vlmbench.kernels.block_attention import SlowPath
@@ -41,7 +38,6 @@ from vlmbench.session import make_methods
 from vlmbench.spec import params_of
 from vlmbench.trace import Trace
 
-HERE = Path(__file__).parent
 TOKENS = (5, 9, 2)
 GATHERED = Corematching(ffn="gathered")
 
@@ -88,24 +84,12 @@ def decoded(adapter: Any, method: Method, prompt: Any) -> tuple[Tensor, Trace]:
     return torch.cat(logits), trace
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
 def test_the_kernels_under_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_core_neurons.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 5 and "skipped" in done.stdout:
-        pytest.skip(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("interpreted_core_neurons.py")
 
 
 def test_importing_needs_no_triton() -> None:
-    program = "import sys; sys.modules['triton'] = None\nfrom vlmbench.kernels.core_neurons import fused, gathered"
-    subprocess.run([sys.executable, "-c", program], cwd=HERE.parent, check=True)
+    run_without_triton("from vlmbench.kernels.core_neurons import fused, gathered")
 
 
 # The FFN by torch alone.

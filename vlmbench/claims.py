@@ -10,7 +10,6 @@ asked for keep the rows they had. ``pevlm.md`` is made from it alone (`vlmbench.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from vlmbench import claims_accuracy, claims_time
 from vlmbench.claims_study import Row, Scale, Study
 from vlmbench.claims_text import PARTS, to_markdown
 from vlmbench.errors import RunError, UsageError
-from vlmbench.files import write_json
+from vlmbench.files import read_json, write_json
 from vlmbench.machine import load_backend
 from vlmbench.progress import Progress
 from vlmbench.reference import NAMES, SHIPPED
@@ -65,14 +64,7 @@ def measure(models: Sequence[str], parts: Sequence[str], runs: Path, out: Path, 
 
 def stored(out: Path) -> dict[str, Any]:
     """What earlier calls measured."""
-    path = out / "pevlm.json"
-    if not path.is_file():
-        return {"schema": 1, "models": [], "measured_on": [], "rows": []}
-    try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it, or name another --out.") from error
-    return data
+    return read_json(out / "pevlm.json", {"schema": 1, "models": [], "measured_on": [], "rows": []})
 
 
 def _know(data: dict[str, Any], model: str, weights_hash: str | None) -> None:

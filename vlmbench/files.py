@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlmbench.errors import UsageError
+
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Replace the file atomically: whoever reads sees the old one or the new one, whole. Raises `OSError`."""
@@ -22,3 +24,14 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
+    """What a resumable study wrote into its ``--out``, or `empty` where nothing is. Raises `UsageError` when it is damaged."""
+    if not path.is_file():
+        return empty
+    try:
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete it, or name another --out.") from error
+    return data

@@ -6,7 +6,6 @@ so both commands may be stopped, and called one model at a time.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 from vlmbench import header
 from vlmbench.errors import RunError, UsageError
-from vlmbench.files import write_json
+from vlmbench.files import read_json, write_json
 from vlmbench.memvp_text import PARTS, to_markdown
 from vlmbench.tables import versions_text
 
@@ -26,12 +25,7 @@ NAME = "memvp.json"
 def stored(out: Path) -> dict[str, list[Row]]:
     """What earlier calls measured. Raises `UsageError`."""
     path = out / NAME
-    if not path.is_file():
-        return {"rows": [], "measured_on": []}
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it, or name another --out.") from error
+    data = read_json(path, {"schema": 1, "rows": [], "measured_on": []})
     if not isinstance(data, dict) or data.get("schema") != 1:
         raise UsageError(f"{path} is no result of schema 1; delete it, or name another --out.")
     return data

@@ -11,7 +11,6 @@ checks. Times are not taken here: nothing in it depends on how busy the machine 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +22,7 @@ from vlmbench import budget
 from vlmbench.claims_study import LIMITS, Answers, Scale, Study, accuracies, difference, suite_of
 from vlmbench.errors import RunError, UsageError
 from vlmbench.fidelity import fidelity
-from vlmbench.files import write_json
+from vlmbench.files import read_json, write_json
 from vlmbench.machine import load_backend
 from vlmbench.methods_plots import draw
 from vlmbench.methods_text import to_markdown
@@ -180,14 +179,7 @@ def _against_trivial(
 
 def stored(out: Path) -> dict[str, Any]:
     """What earlier calls measured. Raises `UsageError` when it cannot be read."""
-    path = out / "methods.json"
-    if not path.is_file():
-        return {"schema": 1, "models": [], "measured_on": [], "rows": []}
-    try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it, or name another --out.") from error
-    return data
+    return read_json(out / "methods.json", {"schema": 1, "models": [], "measured_on": [], "rows": []})
 
 
 def enter(

@@ -10,7 +10,6 @@ for keep the rows they had. ``mminference.md`` and the pictures beside it are ma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,7 @@ import typer
 from vlmbench import needles_study as study
 from vlmbench.claims_study import Row, Scale, Study
 from vlmbench.errors import RunError, UsageError
-from vlmbench.files import write_json
+from vlmbench.files import read_json, write_json
 from vlmbench.machine import load_backend
 from vlmbench.needles_plots import draw
 from vlmbench.needles_text import to_markdown
@@ -62,14 +61,7 @@ def measure(models: Sequence[str], parts: Sequence[str], runs: Path, out: Path, 
 
 def stored(out: Path) -> dict[str, Any]:
     """What earlier calls measured."""
-    path = out / f"{NAME}.json"
-    if not path.is_file():
-        return {"schema": 1, "models": {}, "measured_on": [], "rows": []}
-    try:
-        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it, or name another --out.") from error
-    return data
+    return read_json(out / f"{NAME}.json", {"schema": 1, "models": {}, "measured_on": [], "rows": []})
 
 
 def write(data: dict[str, Any], out: Path) -> None:
